@@ -1,0 +1,279 @@
+"""The penalty inside any torch optimizer's step(), by hooks, and the one pair of hooks that SI shares with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastewc.ops.ewc_penalty import ewc_penalty_grad
+
+if TYPE_CHECKING:
+    from fastewc.ewc import EWC
+
+
+def unwrap_optimizer(optimizer: Any) -> Optimizer | None:
+    """The torch optimizer inside Accelerate's and Lightning's wrappers; None if there is none."""
+    while type(optimizer).__module__.split(".")[0] in (
+        "accelerate",
+        "lightning",
+        "pytorch_lightning",
+        "lightning_fabric",
+    ):
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None:
+            break
+        optimizer = inner
+    return optimizer if isinstance(optimizer, Optimizer) else None
+
+
+def learning_rates(optimizer: Optimizer) -> dict[int, float | Tensor]:
+    """α by id of the parameter: its group's live learning rate."""
+    return {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+
+def attach(ewc: EWC, optimizer: Any) -> AttachHandle:
+    """Apply an EWC penalty inside ``optimizer.step()``: E1 and E2 before the update, E3 and E4 after it.
+
+    The gradient that the optimizer sees is g + c(w − w*), w before the step; p.grad itself is given back as it was.
+    Closures, GradScaler (also with fused optimizers, whose gradients arrive scaled), maximize, several groups and live
+    learning rates are honoured; a parameter without gradient is skipped, as torch skips it. An older optimizer over the
+    same parameters is superseded: its next step raises.
+
+    Args:
+        ewc: what to apply.
+        optimizer: any torch.optim.Optimizer that updates each parameter from its own gradient; Accelerate's and
+            Lightning's wrappers are looked through.
+
+    Returns:
+        A handle; ``handle.remove()`` takes the penalty off again. It is also a context manager.
+
+    Raises:
+        TypeError: not an optimizer.
+        NotImplementedError: LBFGS, whose line search evaluates the loss many times a step: add ewc.penalty() to it.
+        ValueError: attached already, or a fastewc optimizer that applies this ewc itself.
+    """
+    inner = unwrap_optimizer(optimizer)
+    if inner is None:
+        raise TypeError(f"attach needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(inner, torch.optim.LBFGS):
+        raise NotImplementedError(
+            "LBFGS evaluates the loss many times inside one step, so a hook on the step is wrong for it: add "
+            "ewc.penalty(lr=…) to the "
+            "loss in its closure"
+        )
+    if ewc.applied_by(inner) is not None:
+        raise ValueError(
+            f"this {type(inner).__name__} applies this ewc already ({ewc.applied_by(inner)}): twice would count "
+            f"twice. Call remove() on "
+            "the handle of the first attach(), or build a new optimizer."
+        )
+    ewc.adopt(inner, how="attached")
+    return AttachHandle(ewc, inner)
+
+
+class AttachHandle:
+    """Takes the penalty off the optimizer again: call :meth:`remove`, or use it as a context manager."""
+
+    def __init__(self, ewc: EWC, optimizer: Optimizer) -> None:
+        self._ewc = ewc
+        self._optimizer = ref(optimizer)
+        self._part = _Penalty(ewc)
+        StepHooks.on(optimizer).parts.append(self._part)
+
+    def remove(self) -> None:
+        """Detach. A second call does nothing."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        hooks = StepHooks.on(optimizer)
+        if self._part in hooks.parts:
+            self._part.put_back()
+            hooks.parts.remove(self._part)
+            self._ewc.release(optimizer)
+        hooks.drop_if_idle()
+
+    def __enter__(self) -> AttachHandle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+
+class Part(Protocol):
+    """Something that acts around an update. ``order``: lower acts first before the update and last after it."""
+
+    order: int
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Raise if the step must not run; nothing has happened yet."""
+
+    def before(self, optimizer: Optimizer) -> None:
+        """Gradients are ready, weights are old."""
+
+    def after(self, optimizer: Optimizer) -> None:
+        """The optimizer has updated the weights, or skipped."""
+
+
+_HOOKS: WeakKeyDictionary[Optimizer, StepHooks] = WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class StepHooks:
+    """The one pre- and post-hook of an optimizer. Parts act in a fixed order, whoever was added first.
+
+    With a closure, gradients are ready only once the optimizer has called it: the closure is wrapped and the parts act
+    at its end.
+    """
+
+    parts: list[Part] = field(default_factory=list)
+    _handles: list[Any] = field(default_factory=list)
+    _owner: Callable[[], Optimizer | None] = lambda: None
+
+    @classmethod
+    def on(cls, optimizer: Optimizer) -> StepHooks:
+        """The hooks of this optimizer, registered on first use."""
+        hooks = _HOOKS.get(optimizer)
+        if hooks is None:
+            hooks = _HOOKS[optimizer] = cls(_owner=ref(optimizer))
+            hooks._handles = [
+                optimizer.register_step_pre_hook(hooks._pre),
+                optimizer.register_step_post_hook(hooks._post),
+            ]
+        return hooks
+
+    def drop_if_idle(self) -> None:
+        """Unregister once no part is left."""
+        owner = self._owner()
+        if not self.parts:
+            for handle in self._handles:
+                handle.remove()
+            if owner is not None:
+                _HOOKS.pop(owner, None)
+
+    def _ordered(self) -> list[Part]:
+        return sorted(self.parts, key=lambda part: part.order)
+
+    def _pre(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        for part in self._ordered():
+            part.check(optimizer)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer itself
+        if closure is None:
+            self._before(optimizer)
+            return None
+
+        def closure_then_parts() -> Any:
+            loss = closure()
+            self._before(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure_then_parts}
+        return (args[0], closure_then_parts, *args[2:]), kwargs
+
+    @torch.no_grad()
+    def _before(self, optimizer: Optimizer) -> None:
+        for part in self._ordered():
+            part.before(optimizer)
+
+    @torch.no_grad()
+    def _post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for part in reversed(self._ordered()):
+            part.after(optimizer)
+
+
+def grad_sign(group: dict[str, Any]) -> int:
+    """−1 where the optimizer maximises (it steps along +grad): what lowers the loss must enter with the other sign."""
+    return -1 if group.get("maximize", False) else 1
+
+
+def skipped(optimizer: Optimizer, like: Tensor) -> Tensor | None:
+    """True (0-dim, on a tensor's device) if GradScaler found infinities and this step was skipped; None without it."""
+    found: Tensor | None = getattr(optimizer, "found_inf", None)
+    return None if found is None else found.to(like.device).reshape(()) != 0
+
+
+def with_grad(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """(group, parameter) of every parameter that this step will update."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                yield group, p
+
+
+@dataclass(eq=False)
+class _Penalty:
+    """E1–E4 around one optimizer's update."""
+
+    ewc: EWC
+    order: int = 1
+    # p, its own grad, the grad lent to the optimizer, the version of the lent one: to give p.grad back after the step
+    _lent: list[tuple[Tensor, Tensor, Tensor, int]] = field(default_factory=list)
+    _old: list[tuple[Tensor, Tensor | None, float | Tensor]] = field(
+        default_factory=list
+    )  # p, w before the step (E4), α
+
+    def check(self, optimizer: Optimizer) -> None:
+        self.ewc.check_owner(optimizer)
+        for _, p in with_grad(optimizer):
+            if p.grad is not None and p.grad.layout != torch.strided and self.ewc.held(p) is not None:
+                raise NotImplementedError(
+                    f"{self.ewc.name_of(p)!r} has a sparse gradient; attach() needs dense ones (sparse=False), or "
+                    f"exclude it"
+                )
+
+    def before(self, optimizer: Optimizer) -> None:
+        self.put_back()
+        self._old = []
+        for group, p in with_grad(optimizer):
+            held = self.ewc.held(p)
+            if held is None:
+                continue
+            if self.ewc.variant in ("proximal", "wva"):
+                self._old.append((p, p.detach().clone() if self.ewc.variant == "wva" else None, group["lr"]))
+                continue
+            self._lend(p, self._pull(optimizer, group, p, held))
+
+    def _pull(self, optimizer: Optimizer, group: dict[str, Any], p: Tensor, held: tuple[Tensor, Tensor]) -> Tensor:
+        """c(w − w*) as p.grad counts: scaled where GradScaler leaves unscaling to the step, flipped by maximize."""
+        pull = ewc_penalty_grad(p, *held, ewc_lambda=self.ewc.ewc_lambda, lr=group["lr"], variant=self.ewc.variant)
+        scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+        if scale is not None:
+            pull.mul_(scale.to(pull.device))
+        return pull if grad_sign(group) > 0 else pull.neg_()
+
+    def _lend(self, p: Tensor, pull: Tensor) -> None:
+        own = p.grad
+        assert own is not None
+        lent = pull.add_(own).to(own.dtype)
+        p.grad = lent
+        self._lent.append((p, own, lent, lent._version))
+
+    def put_back(self, written: bool = False) -> None:
+        """Give every p.grad back; ``written``: the step ran, so the optimizer may have changed the lent gradient."""
+        for p, own, lent, version in self._lent:
+            # After a step that raised, the user may have zeroed and refilled the lent gradient: then it is theirs now.
+            if p.grad is lent and (written or lent._version == version):
+                p.grad = own
+        self._lent = []
+
+    def after(self, optimizer: Optimizer) -> None:
+        self.put_back(written=True)
+        for p, old, lr in self._old:
+            held = self.ewc.held(p)
+            assert held is not None
+            omega, star = held
+            stiff = omega * self.ewc.ewc_lambda * lr
+            target = star if old is None else old  # E3 moves w′ towards w*, E4 back towards the old weight
+            w = p.detach().to(omega.dtype)
+            moved = w - stiff / (1 + stiff) * (w - target.to(omega.dtype))
+            skip = skipped(optimizer, p)
+            p.copy_(moved if skip is None else torch.where(skip, w, moved))
+        self._old = []

@@ -1,0 +1,195 @@
+"""One batch through the model: its output, its target, and which positions count."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastewc.importance.batches import Batch
+
+IGNORED = -100
+Forward = Callable[[Any, Any], tuple[Any, Tensor | None]]
+
+# Language models whose class name says decoder, but whose own loss compares position t with label t, unshifted.
+_UNSHIFTED = frozenset(
+    {
+        "BartForCausalLM",
+        "BigBirdPegasusForCausalLM",
+        "BlenderbotForCausalLM",
+        "BlenderbotSmallForCausalLM",
+        "CpmAntForCausalLM",
+        "FlaubertWithLMHeadModel",
+        "MBartForCausalLM",
+        "MarianForCausalLM",
+        "MusicgenForCausalLM",
+        "MusicgenMelodyForCausalLM",
+        "MvpForCausalLM",
+        "PLBartForCausalLM",
+        "PegasusForCausalLM",
+        "ProphetNetForCausalLM",
+        "Speech2Text2ForCausalLM",
+        "TrOCRForCausalLM",
+        "WhisperForCausalLM",
+        "XLMProphetNetForCausalLM",
+        "XLMWithLMHeadModel",
+        "XLNetLMHeadModel",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a forward gave for ``size`` samples. ``raw`` is the model's own return value."""
+
+    raw: Any
+    target: Tensor | None
+    attention_mask: Tensor | None
+    size: int
+    batch_dim: int
+
+    @property
+    def output(self) -> Tensor:
+        """The output tensor: ``raw`` or its ``logits``.
+
+        Raises:
+            TypeError: there is no such floating-point tensor.
+        """
+        found = logits_or_raw(self.raw)
+        if not isinstance(found, Tensor):
+            raise TypeError(
+                f"the model returned {type(self.raw).__name__}; wanted a tensor or an object with .logits. "
+                "Otherwise pass "
+                "forward=, a callable(model, batch) that returns (output, target or None)"
+            )
+        if not found.is_floating_point():
+            raise TypeError(f"the model's output must be a floating-point tensor, got {found.dtype}")
+        return found
+
+    def counted(self, output: Tensor, *, elementwise: bool = False) -> Tensor | None:
+        """Which positions count: a bool mask of ``output.shape[:-1]`` (elementwise: of ``output.shape``), None for all.
+
+        A target of that shape decides by != −100; without one an attention_mask of that shape by != 0.
+        """
+        positions = output.shape[:-1]
+        shapes = (output.shape, positions) if elementwise else (positions,)
+        for mask in (self.target, self.attention_mask):
+            if mask is None or mask.shape not in shapes:
+                continue
+            keep = mask != (IGNORED if mask is self.target else 0)
+            if elementwise and mask.shape == positions:
+                keep = keep.unsqueeze(-1).expand(output.shape)
+            return keep
+        return None
+
+
+def logits_or_raw(raw: Any) -> Any:
+    """``raw.logits`` or ``raw["logits"]`` where that is a tensor, else ``raw``."""
+    if isinstance(raw, Tensor):
+        return raw
+    logits = getattr(raw, "logits", None)
+    if logits is None and isinstance(raw, Mapping):
+        logits = raw.get("logits")
+    return logits if isinstance(logits, Tensor) else raw
+
+
+class Evaluator:
+    """Calls the unwrapped model (or ``forward``) on a batch and finds target and attention mask."""
+
+    def __init__(self, module: nn.Module, forward: Forward | None) -> None:
+        self.module = module
+        self.custom = forward
+        self._shifts = shifts_labels(module)
+
+    def __call__(self, batch: Batch) -> Evaluated:
+        """Run the model on a batch that is on its device."""
+        inputs, target, mask = self._split(batch)
+        if self.custom is not None:
+            result = self.custom(self.module, batch.content)
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise TypeError(f"forward must return (output, target or None), got {_describe(result)}")
+            raw, target = result
+            if target is not None and not isinstance(target, Tensor):
+                raise TypeError(
+                    f"the target that forward returns must be a tensor or None, got {type(target).__name__}"
+                )
+            target = None if target is None else target.detach()
+        elif isinstance(inputs, Mapping):
+            raw = self.module(**inputs)
+        else:
+            raw = self.module(inputs)
+        return Evaluated(raw, target, mask, batch.size, batch.batch_dim)
+
+    def target(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """(target, attention_mask) of a batch. A custom forward has to run to tell."""
+        if self.custom is None:
+            _, target, mask = self._split(batch)
+            return target, mask
+        seen = self(batch)
+        return seen.target, seen.attention_mask
+
+    def _split(self, batch: Batch) -> tuple[Any, Tensor | None, Tensor | None]:
+        """(what the model gets, target, attention_mask)."""
+        content = batch.content
+        if isinstance(content, Mapping):
+            mask = content.get("attention_mask")
+            mask = mask if isinstance(mask, Tensor) else None
+            if self.custom is not None:
+                return None, None, mask
+            inputs = dict(content)
+            labels = inputs.pop("labels", None)
+            if labels is not None and not isinstance(labels, Tensor):
+                raise TypeError(f"labels of a batch must be a tensor, got {type(labels).__name__}")
+            if labels is not None:
+                inputs = self._with_decoder_inputs(inputs, labels)
+                labels = _shifted(labels) if self._shifts else labels
+            return inputs, labels, mask
+        if self.custom is not None:
+            return None, None, None
+        if isinstance(content, Tensor):
+            return content, None, None
+        return content[0], (content[1] if len(content) == 2 else None), None
+
+    def _with_decoder_inputs(self, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+        """An encoder-decoder makes its decoder inputs from the labels, which we have taken out: do it here."""
+        config = getattr(self.module, "config", None)
+        prepare = getattr(self.module, "prepare_decoder_input_ids_from_labels", None)
+        given = inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None
+        if given or not callable(prepare) or labels.ndim != 2 or not getattr(config, "is_encoder_decoder", False):
+            return inputs
+        return {**inputs, "decoder_input_ids": prepare(labels=labels)}
+
+
+def _describe(value: object) -> str:
+    return f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    """Position t is compared with label t + 1; nothing follows the last one."""
+    if labels.ndim < 2:
+        return labels
+    target = torch.full_like(labels, IGNORED)
+    target[..., :-1] = labels[..., 1:]
+    return target
+
+
+def shifts_labels(module: nn.Module) -> bool:
+    """True for decoder language models of Hugging Face, whose own loss compares position t with label t + 1."""
+    get_base_model = getattr(module, "get_base_model", None)  # PEFT's wrapper has one
+    base = get_base_model() if callable(get_base_model) else module
+    config = getattr(base, "config", None)
+    names = [cls.__name__ for cls in type(base).__mro__]
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    if any(name in _UNSHIFTED for name in names):
+        return False
+    auto = sys.modules.get("transformers.models.auto.modeling_auto")
+    causal = set(getattr(auto, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", {}).values())
+    endings = ["ForCausalLM", "LMHeadModel", "DoubleHeadsModel"]
+    if config is not None:  # without one, nothing says that it has no encoder
+        endings.append("ForConditionalGeneration")
+    return any(name in causal or name.endswith(tuple(endings)) for name in names)

@@ -1,0 +1,134 @@
+"""What an importance pass refuses, and what it puts back afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from fastewc._names import refuse_dtensor
+
+
+def check_model(module: nn.Module, parameters: Mapping[str, nn.Parameter], *, allow_dropout: bool, what: str) -> None:
+    """Refuse models whose per-sample gradients do not exist or are not what the user means.
+
+    Raises:
+        ValueError: no trainable parameter, batch statistics in BatchNorm, active dropout, uninitialised parameters.
+        NotImplementedError: DTensor, FullyShardedDataParallel or complex parameters.
+    """
+    for child in module.modules():
+        if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(child).__mro__):
+            raise NotImplementedError(f"{what}: FullyShardedDataParallel is not supported; use DistributedDataParallel")
+    if not parameters:
+        raise ValueError(f"{what}: the model has no parameter that requires a gradient and is not excluded")
+    refuse_dtensor(parameters, what)
+    for name, parameter in parameters.items():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{what}: parameter {name!r} has no shape yet (lazy module); run one forward first")
+        if not parameter.is_floating_point():
+            raise NotImplementedError(
+                f"{what}: parameter {name!r} is {parameter.dtype}; only real floating-point is supported"
+            )
+    for name, child in module.named_modules():
+        place = f"{type(child).__name__} {name!r}"
+        if isinstance(child, _BatchNorm) and (child.training or child.running_mean is None):
+            raise ValueError(
+                f"{what}: {place} uses the statistics of the batch, so a sample's gradient depends on the other "
+                "samples. "
+                + (
+                    "Call model.eval() first."
+                    if child.training
+                    else "Give it running statistics (track_running_stats=True)."
+                )
+            )
+        if not allow_dropout and _drops(child):
+            raise ValueError(
+                f"{what}: dropout is active in {place}. Call model.eval() first, or pass allow_dropout=True."
+            )
+
+
+def _drops(module: nn.Module) -> bool:
+    if not module.training:
+        return False
+    if isinstance(module, _DropoutNd):
+        return bool(module.p > 0)
+    if isinstance(module, nn.MultiheadAttention):
+        return bool(module.dropout > 0)
+    return isinstance(module, nn.RNNBase) and module.dropout > 0 and module.num_layers > 1
+
+
+def _devices(module: nn.Module) -> list[torch.device]:
+    tensors = [*module.parameters(), *module.buffers()]
+    return sorted({tensor.device for tensor in tensors if tensor.device.type == "cuda"}, key=str)
+
+
+def refuse_randomness(module: nn.Module, run: Callable[[], None], *, allow: bool, what: str) -> None:
+    """Call ``run`` and put the random state back; raise if a forward drew numbers (dropout that no module shows)."""
+
+    def states() -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices(module))]
+
+    with torch.random.fork_rng(devices=_devices(module)):
+        before = states()
+        run()
+        drew = any(not torch.equal(old, new) for old, new in zip(before, states(), strict=True))
+    if drew and not allow:
+        raise ValueError(
+            f"{what}: the forward draws random numbers (active dropout, stochastic depth, sampling). Call model.eval() "
+            "first, or pass allow_dropout=True."
+        )
+
+
+@contextlib.contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Inside, the module can be run and differentiated; afterwards RNG states and buffers are as they were.
+
+    Compiled modules run eagerly. cuDNN is off where there are recurrent layers on CUDA: in eval mode it has no
+    backward.
+    """
+    devices = _devices(module)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if devices and any(isinstance(child, nn.RNNBase) for child in module.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        # Reentrant checkpointing says so under no_grad, where the first look and SIG run it on purpose.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
+        stack.enter_context(kept_buffers(module))
+        # A cast that autocast cached under no_grad would cut the weight off the graph.
+        torch.clear_autocast_cache()
+        stack.callback(torch.clear_autocast_cache)
+        yield
+
+
+@contextlib.contextmanager
+def kept_buffers(module: nn.Module) -> Iterator[None]:
+    """Put every buffer back as it was: the same tensor with the same content."""
+    kept = [
+        (owner, name, buffer, buffer.detach().clone())
+        for owner in module.modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for owner, name, buffer, content in kept:
+                owner._buffers[name] = buffer
+                if not _same(buffer, content):
+                    buffer.copy_(content)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.is_floating_point() or one.is_complex():
+        return bool(((one == other) | (one.isnan() & other.isnan())).all())
+    return torch.equal(one, other)

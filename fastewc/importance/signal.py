@@ -1,0 +1,148 @@
+"""Total absolute signal (SIG): how much passes through each weight of linear and convolutional layers (equation E8)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastewc._names import Exclude, op_dtype
+from fastewc.importance.base import Importance
+from fastewc.importance.batches import Batch
+from fastewc.importance.data_pass import PassOptions, run_pass
+from fastewc.importance.evaluate import IGNORED, Evaluator, Forward, logits_or_raw
+from fastewc.importance.signal_capture import Capture
+
+
+def signal_importance(
+    model: nn.Module,
+    data: Any,
+    *,
+    forward: Forward | None = None,
+    max_samples: int | None = None,
+    impl: Literal["auto", "reference", "triton", "native"] = "auto",
+    verify: bool = False,
+    progress: bool = False,
+    generator: torch.Generator | None = None,
+    process_group: Any = None,
+    batch_dim: int = 0,
+    allow_dropout: bool = False,
+    exclude: Exclude = (),
+) -> Importance:
+    """Total absolute signal (Kutalev and Lapina 2021, arXiv 2109.10021), equation E8.
+
+    Weight: Ω_oi = (1/N) Σ_n Σ_t |w_oi · a_nti|, a the layer's inputs, t the positions that share the weight. Bias:
+    (1/N) Σ_n Σ_t of the absolute value of its unit's output: after the elementwise activation, if one follows the layer
+    directly or through norms only, else of the output itself; after a softmax where its result is the model's returned
+    tensor. No gradients are taken: a pass costs about two forwards.
+
+    Defined for linear and convolutional layers (also transposed, and Hugging Face's Conv1D), called as modules or as
+    functions. Any other use of a trainable parameter raises, unless that parameter is excluded.
+
+    Args:
+        model: any module; DDP, torch.compile and checkpoint wrappers are looked through. Call ``model.eval()`` first.
+        data: an iterable of batches, as in :func:`fastewc.fisher_importance`; targets are not needed. Positions of
+            [N, T, ·] inputs of linear layers do not count where the target of shape [N, T] is −100, or without labels
+            where attention_mask is 0; a sample whose target [N] is −100 does not count at all. All stay in N.
+        forward: as in :func:`fastewc.fisher_importance`, as are all arguments below; runs twice per batch.
+        max_samples: use the first so many samples.
+        impl: the implementation; an explicit one that can't run raises.
+        verify: not implemented yet, raises.
+        progress: show a tqdm bar.
+        generator: accepted for symmetry; SIG draws nothing.
+        process_group: the ranks to sum over.
+        batch_dim: which dimension counts samples.
+        allow_dropout: run with active dropout instead of refusing it.
+        exclude: fnmatch pattern(s) of parameter names to leave out, e.g. ``("*norm*", "*embedding*")``.
+
+    Returns:
+        Importance by parameter name, float32 (float64 for float64 parameters), method "signal".
+
+    Raises:
+        NotImplementedError: a parameter is used by something else than a linear or convolutional layer (it is named).
+        ValueError: a batch or model that the pass can't read.
+        TypeError: arguments or batches of the wrong type.
+        RuntimeError: another rank failed.
+    """
+    options = PassOptions(
+        forward, max_samples, impl, verify, progress, generator, process_group, batch_dim, allow_dropout, exclude
+    )
+    return run_pass(model, data, options, "signal", Signal)
+
+
+class Signal:
+    """Sums of absolute signals, whole batches at a time: they are sums over samples already."""
+
+    path = "op"
+    reason = "inputs and outputs of each linear or convolutional call, caught at the function"
+
+    def __init__(self, evaluator: Evaluator, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._evaluator = evaluator
+        self._parameters = dict(parameters)
+        self.sums = {
+            name: torch.zeros_like(p, dtype=op_dtype(p), requires_grad=False) for name, p in parameters.items()
+        }
+        self.used: set[str] = set()
+
+    def check(self, batch: Batch) -> None:
+        """Run the batch once, to see whether the forward draws random numbers."""
+        self._evaluator(batch)
+
+    def nothing_measured(self) -> bool:
+        """There is nothing to differentiate here."""
+        return False
+
+    @torch.no_grad()
+    def add(self, batch: Batch) -> None:
+        """Run the counted samples of a batch and add what passes through each weight."""
+        target, mask = self._evaluator.target(batch)
+        for start, stop in _counted_runs(target, batch.size):
+            part = batch.rows(start, stop)
+            self._add(part, _positions(target, batch, start, stop), _positions(mask, batch, start, stop))
+
+    def _add(self, batch: Batch, target: Tensor | None, mask: Tensor | None) -> None:
+        keeps = [None if target is None else target != IGNORED, None if mask is None else mask != 0]
+        if all(keep is not None for keep in keeps):
+            self._refuse_ambiguity(*keeps)
+        capture = Capture(self._evaluator.module, self._parameters, [keep for keep in keeps if keep is not None])
+        with capture:
+            seen = self._evaluator(batch)
+        capture.finish([seen.raw, logits_or_raw(seen.raw)])
+        for name, value in capture.sums.items():
+            self.sums[name] += value
+            self.used.add(name)
+
+    def _refuse_ambiguity(self, target: Tensor | None, mask: Tensor | None) -> None:
+        assert target is not None and mask is not None
+        config = getattr(self._evaluator.module, "config", None)
+        same = target.shape == mask.shape and not torch.equal(target, mask)
+        if same and getattr(config, "is_encoder_decoder", False):
+            raise NotImplementedError(
+                "signal_importance of an encoder-decoder whose source and target have the same length: which of "
+                "the two masks "
+                "belongs to a layer can't be told from shapes. Pad one side by one more position"
+            )
+
+
+def _counted_runs(target: Tensor | None, size: int) -> Iterator[tuple[int, int]]:
+    """Runs of consecutive samples to run together: all, but for samples whose one target is −100."""
+    if target is None or target.ndim != 1 or target.shape[0] != size:
+        yield 0, size
+        return
+    start = None
+    for index, counts in enumerate([*(target != IGNORED).tolist(), False]):
+        if counts and start is None:
+            start = index
+        elif not counts and start is not None:
+            yield start, index
+            start = None
+
+
+def _positions(tensor: Tensor | None, batch: Batch, start: int, stop: int) -> Tensor | None:
+    """The same samples of a target or mask; None for one number per sample, which says nothing about positions."""
+    if tensor is None or tensor.ndim < 2:
+        return None
+    dim = batch.dim(tensor)
+    return tensor if dim is None else tensor.narrow(dim, start, stop - start)

@@ -1,0 +1,81 @@
+"""Inputs on which every implementation of ewc_penalty is compared with float64: value first, then gradients."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastewc._dispatch import Impl
+from fastewc.ops.ewc_penalty import reference
+from fastewc.ops.ewc_penalty.api import ewc_penalty
+from fastewc.testing import op_dtype, sum_roundings
+
+LAMBDA, LR = 40.0, 0.01
+Inputs = tuple[list[Tensor], list[Tensor], list[Tensor]]  # params, importances, anchors
+
+
+@dataclass(frozen=True)
+class Case:
+    """Some tensors of ``shapes``; importances over 12 decades, so that αλΩ runs from 1e-9 to 1e3, and some zeros."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    variant: str
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+    @property
+    def id(self) -> str:
+        """A name for test output."""
+        return f"{self.variant}-" + "+".join("x".join(map(str, shape)) or "scalar" for shape in self.shapes)
+
+    def make_inputs(self, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+        """The same values in every dtype: drawn in float64, then rounded."""
+        generator = torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
+        inputs: Inputs = ([], [], [])
+        for shape in self.shapes:
+            w, anchor, exponent = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+            importance = 10.0 ** (3 * exponent).clamp(-8, 4) * (exponent > -1.5)
+            inputs[0].append(w.to(device, dtype))
+            inputs[1].append(importance.to(device, op_dtype(dtype)))
+            inputs[2].append(anchor.to(device, dtype))
+        return inputs
+
+    def run(self, impl: Impl, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+        """The op's value and the gradients it gives, on this case's inputs."""
+        params, importances, anchors = self.make_inputs(dtype, device)
+        params = [w.requires_grad_() for w in params]
+        lrs = [LR] * len(params)
+        value = ewc_penalty(
+            params, importances, anchors, ewc_lambda=LAMBDA, lrs=lrs, variant=self.variant, impl=impl
+        )
+        return [value.detach(), *torch.autograd.grad(value, params)]
+
+    def oracle(self, dtype: torch.dtype) -> list[Tensor]:
+        """The float64 reference on the inputs already rounded to ``dtype``."""
+        triples = [tuple(t.double() for t in triple) for triple in zip(*self.make_inputs(dtype), strict=True)]
+        values = [reference.penalty(*triple, LAMBDA, LR, self.variant) for triple in triples]
+        grads = [reference.penalty_grad(*triple, LAMBDA, LR, self.variant) for triple in triples]
+        return [torch.stack(values).sum(), *grads]
+
+    def error_scale(self, dtype: torch.dtype) -> list[Tensor]:
+        """w − w* is rounded on a scale of |w| + |w*|, and enters once (gradient) or squared (value)."""
+        sizes, stiff = [], []
+        for w, importance, anchor in zip(*self.make_inputs(dtype), strict=True):
+            sizes.append(w.double().abs() + anchor.double().abs())
+            stiff.append(reference.stiffness(importance.double(), LAMBDA, LR, self.variant))
+        value = torch.stack([(c * size * size).sum() for c, size in zip(stiff, sizes, strict=True)]).sum()
+        return [value, *[c * size for c, size in zip(stiff, sizes, strict=True)]]
+
+    @property
+    def roundings(self) -> float:
+        """The sum, and about 8 of the difference, the coefficient and the products."""
+        return sum_roundings(sum(torch.Size(shape).numel() for shape in self.shapes)) + 8
+
+
+CASES: list[Case] = [
+    Case(shapes, variant)
+    for variant in ("plain", "stabilized")
+    for shapes in (((),), ((1,),), ((17,),), ((33, 130), (0,), (130,)), ((3, 5, 7), (1,), (2, 3)))
+]

@@ -1,0 +1,106 @@
+"""The penalty of elastic weight consolidation in plain PyTorch: equations E1 and E2, float64-able."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def stiffness(importance: Tensor, ewc_lambda: float | Tensor, lr: float | Tensor | None, variant: str) -> Tensor:
+    """c: the penalty pulls a weight by c·(w − w*).
+
+    E1 (plain, Kirkpatrick et al. 2017, eq. 3):       c = λΩ
+    E2 (stabilised, Kutalev & Lapina 2021):          c = λΩ / (1 + αλΩ), so that α·c < 1 for every Ω
+    """
+    stiff = importance * ewc_lambda
+    if variant == "plain":
+        return stiff
+    assert lr is not None
+    return stiff.div_((stiff * lr).add_(1))  # in place: a fresh megabyte costs as much as the arithmetic
+
+
+def penalty(
+    w: Tensor,
+    importance: Tensor,
+    anchor: Tensor,
+    ewc_lambda: float | Tensor,
+    lr: float | Tensor | None,
+    variant: str,
+) -> Tensor:
+    """½ Σ_i c_i (w_i − w*_i)², a 0-dim tensor of importance's dtype."""
+    drift = w.to(importance.dtype) - anchor.to(importance.dtype)
+    return (stiffness(importance, ewc_lambda, lr, variant) * drift * drift).sum() / 2
+
+
+def penalty_grad(
+    w: Tensor,
+    importance: Tensor,
+    anchor: Tensor,
+    ewc_lambda: float | Tensor,
+    lr: float | Tensor | None,
+    variant: str,
+) -> Tensor:
+    """The pull c (w − w*), of importance's dtype: the derivative of :func:`penalty` by w."""
+    drift = w.to(importance.dtype) - anchor.to(importance.dtype)
+    return drift.mul_(stiffness(importance, ewc_lambda, lr, variant))
+
+
+# Statistics of x = αλΩ come from one histogram of log2(x): BINS_PER_OCTAVE bins of width 2^(1/40) hold a quantile to
+# 2^(1/80) − 1 = 0.9 %. The range is that of float32, subnormals included; bin 0 is x = 0.
+BINS_PER_OCTAVE = 40
+_LOW, _HIGH = -149, 128
+_BINS = 1 + (_HIGH - _LOW) * BINS_PER_OCTAVE
+_SUMS = 4  # penalty, Σ(w − w*)², count of x > 1, maximum of x; the histogram follows
+
+
+def stats_terms(
+    w: Tensor,
+    importance: Tensor,
+    anchor: Tensor,
+    ewc_lambda: float | Tensor,
+    lr: float | Tensor,
+    variant: str,
+) -> Tensor:
+    """One float64 vector [4 + bins]: ½Σc(w−w*)², Σ(w−w*)², #(αλΩ > 1), max αλΩ, histogram of log2 αλΩ."""
+    x = importance * ewc_lambda * lr
+    drift = w.to(importance.dtype) - anchor.to(importance.dtype)
+    value = penalty(w, importance, anchor, ewc_lambda, lr, variant)
+    largest = x.max() if x.numel() else x.new_zeros(())
+    sums = torch.stack([value.double(), drift.double().square().sum(), (x > 1).sum().double(), largest.double()])
+    bins = ((torch.log2(x.flatten()) - _LOW) * BINS_PER_OCTAVE).clamp(0, _BINS - 2).nan_to_num().long() + 1
+    bins = torch.where(x.flatten() > 0, bins, 0)
+    return torch.cat([sums, torch.bincount(bins, minlength=_BINS).double()])
+
+
+def merge_stats_terms(a: Tensor, b: Tensor) -> Tensor:
+    """The terms of two disjoint sets of weights as one: sums add, the maximum is the larger."""
+    merged = a + b
+    merged[3] = torch.maximum(a[3], b[3])
+    return merged
+
+
+def finish_stats(terms: Tensor) -> dict[str, float]:
+    """The statistics from their summed terms [4 + bins], on the host."""
+    value, squares, above, largest = terms[:_SUMS].tolist()
+    cumulated = terms[_SUMS:].cumsum(0)
+    count = float(cumulated[-1])
+    found = {"penalty": value, "max": largest}
+    for name, q in (("q50", 0.5), ("q90", 0.9), ("q99", 0.99)):
+        found[name] = min(_quantile(cumulated, count, q), largest)
+    found["share_above_1"] = above / count if count else 0.0
+    found["rms_drift"] = (squares / count) ** 0.5 if count else 0.0
+    return found
+
+
+def _quantile(cumulated: Tensor, count: float, q: float) -> float:
+    """The q-quantile, interpolated linearly between order statistics as torch.quantile does."""
+    if not count:
+        return 0.0
+    rank = q * (count - 1)
+    low, high = (_bin_value(int(torch.searchsorted(cumulated, int(r), right=True))) for r in (rank, -(-rank // 1)))
+    return low + (high - low) * (rank - int(rank))
+
+
+def _bin_value(index: int) -> float:
+    """The geometric centre of a bin; 0 for bin 0."""
+    return float(2.0 ** (_LOW + (index - 0.5) / BINS_PER_OCTAVE)) if index else 0.0

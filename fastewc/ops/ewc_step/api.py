@@ -1,0 +1,168 @@
+"""The contract of the protected optimizer step: what goes in, in which order it acts, what runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastewc import _dispatch
+
+Variant = Literal["plain", "stabilized", "proximal", "wva"]
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """How to step: what all tensors of one call have in common. Names and meanings are those of torch.optim.
+
+    ``lr`` is α, in the penalties too. ``betas``, ``eps``, ``amsgrad``, ``decoupled_weight_decay`` belong to
+    Adam, and ``momentum``, ``dampening``, ``nesterov`` to SGD. Tensors among them have one element and may
+    live on any device.
+
+    Attributes:
+        variant: "plain" (E1), "stabilized" (E2), "proximal" (E3) or "wva" (E4); see :func:`ewc_step`.
+        ewc_lambda: λ ≥ 0.
+        clip_penalty: the clip coefficient scales the sum of task gradient and penalty, not the task gradient
+            alone.
+        regularized_path: the path integral uses task gradient + penalty, not the task gradient alone.
+    """
+
+    kind: Literal["sgd", "adam"]
+    lr: float | Tensor
+    weight_decay: float | Tensor = 0.0
+    maximize: bool = False
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999)
+    eps: float = 1e-8
+    amsgrad: bool = False
+    decoupled_weight_decay: bool = False
+    variant: Variant = "stabilized"
+    ewc_lambda: float | Tensor = 0.0
+    clip_penalty: bool = False
+    regularized_path: bool = False
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """What to step: parallel lists, entry i of each belongs to ``params[i]`` and has its shape; one device.
+
+    A list that the rule does not use stays empty. Moments have the parameter's dtype, path integrals float32
+    (float64 for float64 parameters), steps are 0-dim floats, on the CPU or on the device of the parameter.
+
+    Attributes:
+        momentum_buffers: None before the first step with momentum; :func:`ewc_step` puts the new buffer in
+            its place.
+        importances: Ω, or None where the parameter is unprotected.
+        anchors: w*, None where Ω is.
+        path_integrals: ω of synaptic intelligence, or None where it is not tracked.
+    """
+
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    momentum_buffers: list[Tensor | None] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    max_exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+    importances: list[Tensor | None] = field(default_factory=list)
+    anchors: list[Tensor | None] = field(default_factory=list)
+    path_integrals: list[Tensor | None] = field(default_factory=list)
+
+
+def ewc_step(
+    rule: StepRule,
+    tensors: StepTensors,
+    *,
+    clip_coef: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    impl: _dispatch.Impl = "auto",
+) -> None:
+    """Step every tensor in place: parameters, moments, counters, path integrals; gradients are only read.
+
+    With w the weight, w* the anchor, Ω the importance, α = lr, λ = ewc_lambda and s = αλΩ, in this order:
+
+    1. g = grad / grad_scale; −g under ``maximize``. If found_inf is not zero nothing below happens at all.
+    2. g ← clip_coef · g.
+    3. g ← g + c(w − w*), with w before any decay: c = λΩ (E1, "plain": Kirkpatrick et al. 2017, eq. 3) or
+       c = λΩ/(1 + αλΩ) (E2, "stabilized": Kutalev & Lapina 2021, arXiv 2109.10021).
+    4. Weight decay, moments and update of torch.optim: w′.
+    5. w⁺ = (w′ + s·w*)/(1 + s) (E3, "proximal"), w⁺ = w + (w′ − w)/(1 + s) (E4, "wva"), else w⁺ = w′.
+       w⁺ is rounded to the dtype of the parameter and stored.
+    6. ω ← ω − g_task · (w⁺ − w) (E7, Zenke et al. 2017, eq. 3), with g_task the g of step 1 and w⁺ as stored.
+
+    All arithmetic is float32 (float64 for float64 parameters), whatever the storage; each result is rounded
+    once, when it is stored. Any layout, 0-dim and empty tensors included.
+
+    Args:
+        rule: what all tensors share.
+        tensors: parallel lists on one device.
+        clip_coef: 0-dim factor of the task gradient, see :func:`clip_coefficient`; None for 1.
+        grad_scale: 0-dim factor that the gradients still carry (torch.amp.GradScaler); None for 1.
+        found_inf: 0-dim flag, not zero if a gradient overflowed; None for no.
+        impl: "auto", "reference", "triton" or "native".
+
+    Raises:
+        ValueError: lists of unequal length, or an unknown ``impl``.
+        NotImplementedError: the requested ``impl`` cannot run here; the reason is named.
+    """
+    _check_lengths(rule, tensors)
+    if not tensors.params:
+        return
+    name = _dispatch.choose("ewc_step", impl, tensors.params[0].device)
+    match name:
+        case "reference":
+            from fastewc.ops.ewc_step import reference
+
+            reference.ewc_step(rule, tensors, clip_coef=clip_coef, grad_scale=grad_scale, found_inf=found_inf)
+        case _:
+            raise NotImplementedError(f"ewc_step has no {name!r} implementation yet; use impl='auto' or 'reference'")
+
+
+def gradient_norm(calls: Sequence[tuple[StepRule, StepTensors]], *, grad_scale: Tensor | None = None) -> Tensor:
+    """The global L2 norm of the unscaled gradients of several calls: what clipping compares with its maximum.
+
+    Of task gradient + penalty where ``rule.clip_penalty`` is set, of the task gradient otherwise. Squares are
+    summed in float32 (float64) whatever the dtype of the gradients, so float16 gradients cannot overflow it.
+
+    Args:
+        calls: (rule, tensors) pairs, each on its own device.
+        grad_scale: 0-dim factor that the gradients still carry; None for 1.
+
+    Returns:
+        0-dim tensor on the device of the first parameter; 0 if there is none.
+    """
+    from fastewc.ops.ewc_step import reference
+
+    norms = [norm for rule, tensors in calls for norm in reference.gradient_norms(rule, tensors, grad_scale)]
+    if not norms:
+        return torch.zeros(())
+    device = norms[0].device
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+    return total
+
+
+def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
+    """min(1, max_norm / (norm + 1e-6)), the factor of torch.nn.utils.clip_grad_norm_; 0-dim, no host sync."""
+    coefficient: Tensor = max_norm / (norm + 1e-6)
+    return coefficient.clamp(max=1.0)
+
+
+def _check_lengths(rule: StepRule, tensors: StepTensors) -> None:
+    needed = {"grads"}
+    if rule.kind == "adam":
+        needed |= {"exp_avgs", "exp_avg_sqs", "steps"} | ({"max_exp_avg_sqs"} if rule.amsgrad else set())
+    elif rule.momentum != 0:
+        needed |= {"momentum_buffers"}
+    for name, entries in vars(tensors).items():
+        if len(entries) != len(tensors.params) and (entries or name in needed):
+            raise ValueError(
+                f"ewc_step: {name} has {len(entries)} entries, wanted one for each of the {len(tensors.params)} params"
+            )
+    if len(tensors.importances) != len(tensors.anchors):
+        raise ValueError("ewc_step: importances and anchors belong together: give both or neither")

@@ -1,0 +1,317 @@
+"""What the protected optimizers share: gather lists, call one op, keep the extra state honest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastewc import _dispatch
+from fastewc._names import is_dtensor, op_dtype
+from fastewc.ops.ewc_step import StepRule, StepTensors, clip_coefficient, ewc_step, gradient_norm
+from fastewc.optim._path_integral import PATH_TENSORS, PathIntegralMode, PathIntegralState
+
+if TYPE_CHECKING:
+    from fastewc.ewc import EWC
+
+_EXTRAS = ("ewc", "max_grad_norm", "path_integral", "clip_penalty", "impl", "grad_norm")
+
+EXTRA_ARGUMENTS = """
+All arithmetic is float32 (float64 for float64 parameters) whatever the storage, each result rounded once.
+Gradients are only read: unscaling (``torch.amp.GradScaler`` hands its scale to ``step()``) and clipping leave
+``p.grad`` as it is. A step in which the scaler found an overflow changes nothing at all. ``fused=False``
+selects the reference implementation; ``foreach`` is accepted and has no effect; ``differentiable=True``,
+sparse and complex gradients raise.
+
+Args:
+    ewc: a :class:`fastewc.EWC` over the same parameters: α is the live learning rate of each group, λ is read
+        at every step. Until its first ``consolidate`` steps are the plain ones. Parameters it does not know
+        are unprotected.
+    max_grad_norm: clip the *task* gradient to this global L2 norm over all groups, before the penalty is
+        added, by min(1, max_grad_norm/(norm + 1e-6)). The norm before clipping is left in ``opt.grad_norm``,
+        a 0-dim tensor.
+    path_integral: True keeps ω ← ω − g(w⁺ − w) of synaptic intelligence (Zenke et al. 2017, eq. 3; here E7)
+        for :func:`fastewc.si_importance`, g the unscaled, unclipped task gradient, w⁺ what was really
+        written. "regularized" takes g with the penalty's gradient in it, as the papers' published code does.
+        Needs names: ``ewc``, or ``named_parameters()`` for ``params``.
+    clip_penalty: clip task gradient + penalty together (``opt.grad_norm`` is then the norm of the sum): the
+        order of the papers' code, for comparison. A few large Ω then eat the whole norm.
+    impl: "auto", "reference", "triton" or "native". An explicit one never falls back.
+
+Raises:
+    TypeError: ``ewc`` is no EWC.
+    ValueError: an argument out of range; ``path_integral`` without names; ``fused=False`` with a fast
+        ``impl``; an ``ewc`` that knows none of the parameters.
+    NotImplementedError: ``differentiable=True``; an ``impl`` that cannot run here; DTensor parameters
+        together with ``ewc``, ``max_grad_norm`` or ``path_integral``.
+"""
+
+
+class ProtectedOptimizer(PathIntegralState):
+    """Mixed in before a torch optimizer: its step() becomes one call of ``ewc_step`` per group and device.
+
+    Attributes:
+        ewc: the EWC that the step applies, or None.
+        grad_norm: the gradient norm of the latest step with ``max_grad_norm``, 0-dim; None before it.
+    """
+
+    # GradScaler then leaves grad_scale and found_inf here, and the gradients scaled.
+    _step_supports_amp_scaling = True
+
+    # Class attributes, since torch's constructor calls add_param_group before the extras are known.
+    max_grad_norm: float | None = None
+    clip_penalty: bool = False
+    impl: _dispatch.Impl = "auto"
+    grad_norm: Tensor | None = None
+
+    def _take_extras(
+        self,
+        ewc: EWC | None,
+        max_grad_norm: float | None,
+        path_integral: PathIntegralMode,
+        clip_penalty: bool,
+        impl: _dispatch.Impl,
+    ) -> None:
+        """Validate and keep the arguments that torch's optimizers lack."""
+        from fastewc.ewc import EWC
+
+        if self.defaults["differentiable"]:
+            raise NotImplementedError(
+                "differentiable=True: autograd through the protected step is not implemented; use the "
+                "torch.optim optimizer with ewc.penalty() in the loss"
+            )
+        if ewc is not None and not isinstance(ewc, EWC):
+            raise TypeError(f"ewc must be a fastewc.EWC, got {type(ewc).__name__}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive, or None for no clipping; got {max_grad_norm}")
+        if path_integral not in (False, True, "regularized"):
+            raise ValueError(f'path_integral must be False, True or "regularized", got {path_integral!r}')
+        self.ewc, self.max_grad_norm, self.path_integral = ewc, max_grad_norm, path_integral
+        self.clip_penalty, self.impl, self.grad_norm = bool(clip_penalty), impl, None
+
+    def _join(self, groups: list[dict[str, Any]]) -> None:
+        """Check new groups, then let ewc resolve their parameters: last, since older optimizers lose them."""
+        for group in groups:
+            self._check_group(group)
+        if self.ewc is not None:
+            self.ewc.adopt(self)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        if group["fused"] is False and self.impl not in ("auto", "reference"):
+            raise ValueError(f"fused=False selects the reference implementation, but impl={self.impl!r}; drop one")
+        for p in group["params"]:
+            self._choose(group, p.device)
+            wanted = {
+                "ewc": self.ewc,
+                "max_grad_norm": self.max_grad_norm,
+                "path_integral": self.path_integral or None,
+            }
+            asked = [name for name, value in wanted.items() if value is not None]
+            if asked and is_dtensor(p):
+                raise NotImplementedError(
+                    f"{type(self).__name__}: {', '.join(asked)} with DTensor parameters (FSDP2 or tensor "
+                    "parallel) is not implemented yet. Use DistributedDataParallel or an unsharded model."
+                )
+        if self.path_integral and self.ewc is None and "param_names" not in group:
+            raise ValueError(
+                "path_integral keeps importances by parameter name: give ewc=, or model.named_parameters() "
+                "in place of model.parameters()"
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; with ``ewc`` names are resolved again, and a warning tells what it does not know."""
+        super().add_param_group(param_group)
+        try:
+            self._join(self.param_groups[-1:])
+        except (ValueError, NotImplementedError):
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss; run with gradients enabled, before anything
+                else.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            RuntimeError: a newer optimizer took the ewc over; graph capture without ``capturable=True``; meta
+                parameters with ``fused=True``.
+            NotImplementedError: a sparse or complex gradient. Nothing has changed then.
+        """
+        if self.ewc is not None:
+            self.ewc.check_owner(self)
+        self._refuse_uncapturable()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_gradients()
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and self._reads_found_inf() and bool(found_inf):
+            return loss
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        calls = list(self._gather())
+        clip_coef = None
+        if self.max_grad_norm is not None:
+            pairs = [(rule, tensors) for _, rule, tensors in calls]
+            self.grad_norm = gradient_norm(pairs, grad_scale=grad_scale)
+            clip_coef = clip_coefficient(self.grad_norm, self.max_grad_norm)
+        for group, rule, tensors in calls:
+            ewc_step(
+                rule,
+                tensors,
+                clip_coef=clip_coef,
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+                impl=self._choose(group, tensors.params[0].device),
+            )
+            self._keep_state(group, tensors)
+        if self.path_integral:
+            self._count_path_step([p for _, _, tensors in calls for p in tensors.params])
+        return loss
+
+    def _rule(self, group: dict[str, Any]) -> StepRule:
+        raise NotImplementedError
+
+    def _collect_state(self, group: dict[str, Any], p: Tensor, tensors: StepTensors) -> None:
+        raise NotImplementedError
+
+    def _keep_state(self, group: dict[str, Any], tensors: StepTensors) -> None:
+        """Take back state that the op made."""
+
+    def _penalty_rule(self) -> dict[str, Any]:
+        rule = {"clip_penalty": self.clip_penalty, "regularized_path": self.path_integral == "regularized"}
+        if self.ewc is None:
+            return rule
+        return rule | {"variant": self.ewc.variant, "ewc_lambda": self.ewc.ewc_lambda}
+
+    def _gather(self) -> Iterator[tuple[dict[str, Any], StepRule, StepTensors]]:
+        """Per group and device: the rule and the lists of everything that has a gradient."""
+        for group in self.param_groups:
+            by_device: dict[torch.device, StepTensors] = {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                tensors = by_device.setdefault(p.device, StepTensors())
+                tensors.params.append(p)
+                tensors.grads.append(p.grad)
+                self._collect_state(group, p, tensors)
+                if self.ewc is not None:
+                    importance, anchor = self.ewc.held(p) or (None, None)
+                    tensors.importances.append(importance)
+                    tensors.anchors.append(anchor)
+                if self.path_integral:
+                    tensors.path_integrals.append(self._path_of(p))
+            rule = self._rule(group)
+            for tensors in by_device.values():
+                yield group, rule, tensors
+
+    def _check_gradients(self) -> None:
+        """Refuse what cannot be stepped, before anything has changed."""
+        name = type(self).__name__
+        pairs = ((group, p) for group in self.param_groups for p in group["params"] if p.grad is not None)
+        for group, p in pairs:
+            if p.grad.layout != torch.strided:
+                raise NotImplementedError(
+                    f"{name} does not support sparse gradients (layout {p.grad.layout}); use dense ones, "
+                    "e.g. nn.Embedding(sparse=False)"
+                )
+            if not p.is_floating_point():
+                raise NotImplementedError(
+                    f"{name} steps real floating-point parameters, got {p.dtype}; hold a complex one as two "
+                    "real parameters (torch.view_as_real)"
+                )
+            if p.is_meta and group["fused"]:
+                raise RuntimeError(
+                    "`fused=True` requires all the params to be floating point Tensors of supported devices, "
+                    "this one is on meta; call model.to_empty(device=…) and initialise it first"
+                )
+
+    def _choose(self, group: dict[str, Any], device: torch.device) -> _dispatch.Impl:
+        impl = "reference" if group["fused"] is False else self.impl
+        chosen: _dispatch.Impl = _dispatch.choose("ewc_step", impl, device)
+        return chosen
+
+    def _reads_found_inf(self) -> bool:
+        """Whether the host reads found_inf: free on a CPU; the reference and a path integral wait for it."""
+        if self.path_integral:
+            return True
+        pairs = ((group, p.device) for group in self.param_groups for p in group["params"])
+        return any(d.type == "cpu" or self._choose(group, d) == "reference" for group, d in pairs)
+
+    def _refuse_uncapturable(self) -> None:
+        # Adam's counter lives on the CPU unless capturable: a captured graph would replay one frozen step.
+        frozen = not all(group.get("capturable", True) for group in self.param_groups)
+        if frozen and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"CUDA graph capture of {type(self).__name__}.step() needs capturable=True in every group"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state dict of torch; with ``ewc`` each param group also carries its ``num_tasks``."""
+        state_dict = super().state_dict()
+        if self.ewc is not None:
+            for group in state_dict["param_groups"]:
+                group["num_tasks"] = self.ewc.num_tasks
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but refuses a state whose tasks are not those of ``ewc``; path integrals stay float32.
+
+        Raises:
+            ValueError: the saved ``num_tasks`` is not that of ``ewc`` (0 without one), so an importance would
+                be forgotten silently; or the groups differ, as in torch. Nothing has changed then. A
+                checkpoint of torch.optim, which has no ``num_tasks``, loads.
+        """
+        loaded: dict[str, Any] = {}
+
+        def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            self._check_tasks(state_dict)
+            loaded.update(state_dict)
+
+        # The last hook: it sees what the user's hooks made of the state.
+        handle = self.register_load_state_dict_pre_hook(check)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        # torch has cast every state tensor to the dtype of its parameter; a path integral is meaningless in
+        # bfloat16.
+        ids = [i for group in loaded["param_groups"] for i in group["params"]]
+        for i, p in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
+            for key in PATH_TENSORS:
+                value = loaded["state"].get(i, {}).get(key)
+                if value is not None:
+                    self.state[p][key] = value.to(p.device, op_dtype(p))
+
+    def _check_tasks(self, state_dict: dict[str, Any]) -> None:
+        saved = {int(group["num_tasks"]) for group in state_dict["param_groups"] if "num_tasks" in group}
+        here = 0 if self.ewc is None else self.ewc.num_tasks
+        if not saved or saved == {here}:
+            return
+        told = ", ".join(str(k) for k in sorted(saved))
+        has = "has no ewc" if self.ewc is None else f"has an ewc with {here} consolidated tasks"
+        raise ValueError(
+            f"this optimizer state was saved with {told} consolidated tasks, but this optimizer {has}. Make "
+            "it with ewc= the EWC that was saved beside this state, loaded first (EWC.load or "
+            'ewc.load_state_dict); to go on without those tasks, delete "num_tasks" from the param_groups of '
+            "the state."
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {name: getattr(self, name) for name in _EXTRAS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.pop("num_tasks", None)
+        if state.get("ewc") is not None:  # copied or unpickled; load_state_dict passes only state and groups
+            state["ewc"].adopt(self)

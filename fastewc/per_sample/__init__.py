@@ -1,0 +1,5 @@
+"""Per-sample gradients, reduced as they come: Σ_n |g_n|^p without keeping any g_n."""
+
+from fastewc.per_sample.batch_one import BatchOneSums, Term
+
+__all__ = ["BatchOneSums", "Term"]

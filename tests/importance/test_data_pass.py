@@ -1,0 +1,511 @@
+"""What every importance pass reads, refuses, leaves alone and puts back."""
+
+import collections
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastewc
+from fastewc import fisher_importance, mas_importance, signal_importance
+from fastewc.testing import assert_within_roundings
+
+PASSES = [fisher_importance, mas_importance, signal_importance]
+each_pass = pytest.mark.parametrize("importance", PASSES, ids=lambda f: f.__name__)
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
+
+
+def xy(n=6, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 4, generator=g, dtype=torch.float64), torch.randint(0, 3, (n,), generator=g)
+
+
+def same(a, b, roundings=200):
+    assert list(a) == list(b)
+    for name in a:
+        assert_within_roundings(a[name], b[name].double(), roundings=roundings, context=name)
+
+
+# ── data ──
+
+
+@each_pass
+def test_any_split_gives_the_same(importance):
+    model, (x, y) = net(), xy(7)
+    whole = importance(model, [(x, y)])
+    loader = DataLoader(TensorDataset(x, y), batch_size=3)
+    for data in (loader, [(x[:1], y[:1]), (x[1:], y[1:])], iter([[x[:5], y[:5]], [x[5:], y[5:]]])):
+        got = importance(model, data)
+        same(got, whole)
+        assert got.num_samples == 7
+    same(importance(model, [(x[:0], y[:0]), (x, y)]), whole)
+
+
+@each_pass
+def test_max_samples_is_exact_and_stops_reading(importance):
+    model, (x, y) = net(), xy(7)
+
+    def data():
+        yield x[:3], y[:3]
+        yield x[3:], y[3:]
+        raise AssertionError("read too far")
+
+    got = importance(model, data(), max_samples=5)
+    same(got, importance(model, [(x[:5], y[:5])]))
+    assert got.num_samples == 5
+    assert importance(model, [(x, y)], max_samples=100).num_samples == 7
+
+
+@each_pass
+@pytest.mark.parametrize("bad", [0, -1, True, 2.0])
+def test_bad_max_samples(importance, bad):
+    with pytest.raises((ValueError, TypeError), match="max_samples"):
+        importance(net(), [xy()], max_samples=bad)
+
+
+@each_pass
+def test_data_that_is_one_batch(importance):
+    x, y = xy()
+    for data in (x, (x, y), [x, y], (x, x), [x, x[:, :2]], {"inputs": x}):
+        with pytest.raises(ValueError, match="batch"):
+            importance(net(), data)
+    with pytest.raises(TypeError, match="iterable"):
+        importance(net(), 3)
+
+
+def test_a_list_of_two_tensor_batches_is_two_batches():
+    x, _ = xy()
+    same(mas_importance(net(), [x[:3], x[3:]]), mas_importance(net(), [x]))
+
+
+@each_pass
+def test_no_samples(importance):
+    with pytest.raises(ValueError, match="no samples"):
+        importance(net(), [])
+    with pytest.raises(ValueError, match="no samples"):
+        importance(net(), [(xy()[0][:0], xy()[1][:0])])
+
+
+@each_pass
+@pytest.mark.parametrize(
+    ("batch", "error", "word"),
+    [
+        (lambda x, y: (x, y, y), ValueError, "forward"),
+        (lambda x, y: ((x, x), y), TypeError, "forward"),
+        (lambda x, y: (x, 3), TypeError, "DataLoader"),
+        (lambda x, y: "text", TypeError, "forward"),
+        (lambda x, y: (x, y[:3]), ValueError, "cut"),
+        (lambda x, y: {"a": 1}, TypeError, "tensor"),
+        (lambda x, y: {"input": x, "other": x[:4]}, ValueError, "cut"),
+        (lambda x, y: (x[0], y[0]), ValueError, "cut"),
+        (lambda x, y: x[0, 0], ValueError, "DataLoader"),
+    ],
+)
+def test_batches_that_cannot_be_read(importance, batch, error, word):
+    with pytest.raises(error, match=word):
+        importance(net(), [batch(*xy())])
+
+
+def test_mapping_with_scalars_and_constants():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x, shift, flag, factor):
+            assert flag == "on"
+            return types.SimpleNamespace(logits=self.net(x * factor + shift))
+
+    x, y = xy()
+    shift = torch.ones(1, 4, dtype=torch.float64)
+    batch = {"x": x, "shift": shift, "flag": "on", "factor": torch.tensor(2.0, dtype=torch.float64), "labels": y}
+    got = fisher_importance(Model(), [batch])
+    same(got.rename({n: n[4:] for n in got}), fisher_importance(net(), [(x * 2 + 1, y)]))
+    assert "labels" in batch
+
+
+def test_forward_cuts_everything_that_counts_samples():
+    Pair = collections.namedtuple("Pair", "left right")
+    seen = []
+
+    def forward(model, batch):
+        pair, words, y, table = batch
+        seen.append((len(pair.left), len(pair.right["deep"]), words, len(y), len(table)))
+        return model(pair.left + pair.right["deep"]), y
+
+    x, y = xy(3)
+    batch = [Pair(x, {"deep": x}), ["a", "b", "c"], y, torch.zeros(10)]
+    got = fisher_importance(net(), [batch], forward=forward)
+    same(got, fisher_importance(net(), [(2 * x, y)]))
+    assert seen == [(3, 3, ["a", "b", "c"], 3, 10), *((1, 1, [w], 1, 10) for w in "abc")]
+
+
+@pytest.mark.parametrize("result", [3, (1, 2, 3), (torch.ones(1, 3), "y")])
+def test_forward_must_return_output_and_target(result):
+    with pytest.raises(TypeError, match="forward|target"):
+        fisher_importance(net(), [xy()], forward=lambda m, b: result)
+
+
+def test_packed_sequences_are_refused():
+    packed = pack_padded_sequence(torch.randn(4, 2, 3), torch.tensor([4, 2]))
+    with pytest.raises(TypeError, match="PackedSequence"):
+        mas_importance(net(), [(packed,)], forward=lambda m, b: (m(b), None))
+
+
+def test_output_must_be_a_tensor_with_the_batch_in_it():
+    x, y = xy()
+    for wrap in (lambda out: (out, out), lambda out: {"scores": out}):
+        model = net()
+        model.forward = lambda x, m=model, wrap=wrap: wrap(nn.Sequential.forward(m, x))
+        for importance in (fisher_importance, mas_importance):
+            with pytest.raises(TypeError, match="forward"):
+                importance(model, [(x, y)])
+    with pytest.raises(ValueError, match="batch_dim"):
+        mas_importance(net(), [x], forward=lambda m, b: (m(b).sum(0), None))
+
+
+# ── losses and targets ──
+
+
+@pytest.mark.parametrize(
+    ("loss", "target", "error", "word"),
+    [
+        ("categorical", lambda y: y.double(), TypeError, "callable"),
+        ("categorical", lambda y: y[:, None], ValueError, "shape"),
+        ("categorical", lambda y: y + 1, ValueError, "class index"),
+        ("categorical", lambda y: y - 1, ValueError, "class index"),
+        ("categorical", lambda y: None, ValueError, "targets"),
+        ("gaussian", lambda y: y.double(), ValueError, "broadcast"),
+        ("gaussian", lambda y: y.double()[:, None], ValueError, "broadcast"),
+        ("bernoulli", lambda y: y[:, None], ValueError, "broadcast"),
+        ("bernoulli", lambda y: y[:, None].expand(-1, 3) - 0.5, ValueError, r"\[0, 1\]"),
+        ("bernoulli", lambda y: y[:, None].expand(-1, 3) * float("nan"), ValueError, r"\[0, 1\]"),
+    ],
+)
+def test_targets_that_do_not_fit(loss, target, error, word):
+    x = xy(6)[0]
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    with pytest.raises(error, match=word):
+        fisher_importance(net(), [(x, target(y))], loss=loss)
+
+
+def test_a_bad_target_in_a_later_batch():
+    x, y = xy()
+    with pytest.raises(ValueError, match="class index"):
+        fisher_importance(net(), [(x, y), (x, y + 3)])
+
+
+def test_class_dimension_must_be_last():
+    model = nn.Conv1d(2, 3, 1)
+    with pytest.raises(ValueError, match="forward"):
+        fisher_importance(model, [(torch.randn(2, 2, 5), torch.zeros(2, 5, dtype=torch.long))])
+    with pytest.raises(ValueError, match="bernoulli"):
+        fisher_importance(nn.Linear(2, 1), [(torch.randn(2, 2), torch.zeros(2, dtype=torch.long))])
+
+
+@pytest.mark.parametrize(
+    ("loss", "word"),
+    [
+        (lambda out, y: out.sum(), 'reduction="none"'),
+        (lambda out, y: out.sum(1, keepdim=True), r"\[6\]"),
+        (lambda out, y: out, r"\[6\]"),
+        (lambda out, y: out.mean().reshape(1), r"\[6\]"),
+    ],
+)
+def test_callable_loss_must_be_per_sample(loss, word):
+    with pytest.raises(ValueError, match=word):
+        fisher_importance(net(), [xy()], loss=loss)
+
+
+def test_losses_that_carry_no_gradient():
+    with pytest.raises(TypeError, match="tensor"):
+        fisher_importance(net(), [xy()], loss=lambda out, y: 1.0)
+    with pytest.raises(ValueError, match="detached"):
+        fisher_importance(net(), [xy()], loss=lambda out, y: out.detach().sum(1))
+    with pytest.raises(ValueError, match="detached"):
+        mas_importance(net(), [xy()[0]], forward=lambda m, b: (m(b).detach(), None))
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"loss": "mse"}, "gaussian"),
+        ({"labels": "true"}, "dataset"),
+        ({"loss": "gaussian", "labels": "predicted"}, "identically zero"),
+        ({"loss": lambda o, y: o.sum(1), "labels": "sampled"}, "named loss"),
+    ],
+)
+def test_bad_loss_or_labels(options, word):
+    with pytest.raises(ValueError, match=word):
+        fisher_importance(net(), [xy()], **options)
+
+
+# ── options ──
+
+
+@each_pass
+def test_impl_and_verify(importance):
+    same(importance(net(), [xy()], impl="reference"), importance(net(), [xy()], impl="auto"))
+    for impl in ("triton", "native"):
+        with pytest.raises(NotImplementedError, match="sum_grad_power"):
+            importance(net(), [xy()], impl=impl)
+    with pytest.raises(ValueError, match="impl"):
+        importance(net(), [xy()], impl="fast")
+    with pytest.raises(NotImplementedError, match="verify"):
+        importance(net(), [xy()], verify=True)
+
+
+@each_pass
+def test_options_of_the_wrong_type(importance):
+    for options in ({"forward": 3}, {"generator": 3}, {"batch_dim": "0"}, {"process_group": True}, {"exclude": [3]}):
+        with pytest.raises(TypeError):
+            importance(net(), [xy()], **options)
+    with pytest.raises(ValueError, match="batch_dim"):
+        importance(net(), [xy()], batch_dim=-1)
+    with pytest.raises(TypeError, match="Module"):
+        importance(lambda x: x, [xy()])
+
+
+@each_pass
+def test_exclude(importance):
+    whole = importance(net(), [xy()])
+    part = importance(net(), [xy()], exclude="*.bias")
+    assert list(part) == ["0.weight", "2.weight"]
+    assert all(torch.equal(part[name], whole[name]) for name in part)
+    with pytest.raises(ValueError, match="nope"):
+        importance(net(), [xy()], exclude=("*.bias", "nope"))
+    with pytest.raises(ValueError, match="no parameter"):
+        importance(net(), [xy()], exclude="*")
+    with pytest.raises(ValueError, match="no parameter"):
+        importance(net().requires_grad_(False), [xy()])
+
+
+@each_pass
+def test_progress(importance, capsys, monkeypatch):
+    got = importance(net(), [xy()], progress=True)
+    assert "6" in capsys.readouterr().err
+    same(got, importance(net(), [xy()]))
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with pytest.raises(ImportError, match=r"fastewc\[progress\]"):
+        importance(net(), [xy()], progress=True)
+
+
+# ── models that are refused ──
+
+
+@each_pass
+def test_batchnorm(importance):
+    def model(**options):
+        return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, affine=False, **options), nn.Linear(5, 3)).double()
+
+    with pytest.raises(ValueError, match=r"eval\(\)"):
+        importance(model(), [xy()])
+    with pytest.raises(ValueError, match="running statistics"):
+        importance(model(track_running_stats=False).eval(), [xy()])
+    assert importance(model().eval(), [xy()]).num_samples == 6
+
+
+class FunctionalDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x):
+        return self.net(nn.functional.dropout(x, 0.5, self.training))
+
+
+@each_pass
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(0.3), FunctionalDropout(), nn.RReLU(0.1, 0.9)], ids=lambda m: type(m).__name__
+)
+def test_active_dropout(importance, layer):
+    model = (
+        layer
+        if isinstance(layer, FunctionalDropout)
+        else nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 3)).double()
+    )
+    model.train()
+    with pytest.raises(ValueError, match="allow_dropout"):
+        importance(model, [xy()])
+    assert importance(model, [xy()], allow_dropout=True).num_samples == 6
+    model.eval()
+    assert importance(model, [xy()]).num_samples == 6
+
+
+def test_dropout_inside_recurrent_and_attention_layers():
+    x = torch.randn(2, 3, 4)
+    for layer in (nn.LSTM(4, 4, 2, dropout=0.5), nn.TransformerEncoderLayer(4, 2, 8)):
+        model = nn.ModuleList([layer]).train()
+        with pytest.raises(ValueError, match="allow_dropout"):
+            mas_importance(model, [x], forward=lambda m, b: (m[0](b), None))
+    assert mas_importance(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0)).train(), [x]).num_samples == 2
+
+
+def test_lazy_and_complex_parameters():
+    with pytest.raises(ValueError, match="lazy"):
+        mas_importance(nn.LazyLinear(3), [torch.ones(1, 2)])
+    with pytest.raises(NotImplementedError, match="complex"):
+        mas_importance(nn.Linear(2, 2, dtype=torch.complex64), [torch.ones(1, 2)])
+
+
+# ── what is left as it was ──
+
+
+@each_pass
+def test_state_is_untouched(importance):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("last", torch.full((4,), float("nan"), dtype=torch.float64))
+
+        def forward(self, x):
+            self.calls += 1
+            self.last = x[0]
+            return self.net(x)
+
+    model, (x, y) = Counting(), xy()
+    model.net[0].train()
+    model.net[0].bias.requires_grad_(False)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    grads = {p: p.grad for p in model.parameters()}
+    modes = [m.training for m in model.modules()]
+    fired = []
+    handle = model.net[0].weight.register_post_accumulate_grad_hook(lambda p: fired.append(p))
+    torch.manual_seed(3)
+    rng, buffers = torch.get_rng_state(), dict(model.named_buffers())
+    x.requires_grad_()
+    importance(model, DataLoader(TensorDataset(x.detach(), y), batch_size=2, shuffle=True))
+    importance(model, [(x, y)])
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert x.grad is None
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+    assert all(p.grad is grad and (grad is None or bool((grad == 1).all())) for p, grad in grads.items())
+    assert all(dict(model.named_buffers())[name] is buffer for name, buffer in buffers.items())
+    assert model.calls.item() == 0
+    assert bool(model.last.isnan().all())
+    assert not fired
+    handle.remove()
+
+
+@each_pass
+def test_state_is_untouched_after_an_error(importance):
+    class Failing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            torch.rand(1)
+            if self.calls > 3:
+                raise RuntimeError("broken")
+            return self.net(x)
+
+    model, rng = Failing(), torch.get_rng_state()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="broken"):
+        importance(model, [xy(), xy(), xy(), xy(), xy()], allow_dropout=True)
+    assert model.calls.item() == 0
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(bool((p.grad == 1).all()) for p in model.parameters())
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_critic_keeps_its_gradients(checkpointed):
+    generator, critic = net(), nn.Linear(3, 1).double()
+    grads = {p: torch.full_like(p, 7.0) for p in critic.parameters()}
+    for p, grad in grads.items():
+        p.grad = grad
+
+    def forward(model, batch):
+        if checkpointed:
+            hidden = torch.utils.checkpoint.checkpoint(model[0], batch.requires_grad_(), use_reentrant=True)
+            return critic(model[2](model[1](hidden))), None
+        return critic(model(batch)), None
+
+    got = mas_importance(generator, [xy()[0]], forward=forward)
+    assert list(got) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert all(value.count_nonzero() for value in got.values())
+    assert all(p.grad is grad and bool((grad == 7).all()) for p, grad in grads.items())
+    assert all(p.grad is None for p in generator.parameters())
+
+
+def test_reentrant_checkpoint_with_an_optimizer_in_backward_is_refused():
+    model = net()
+    handle = model[0].weight.register_post_accumulate_grad_hook(lambda p: p.data.zero_())
+
+    def forward(m, x):
+        return m[2](torch.utils.checkpoint.checkpoint(m[1], m[0](x), use_reentrant=True)), None
+
+    with pytest.raises(NotImplementedError, match="use_reentrant=False"):
+        mas_importance(model, [xy()[0]], forward=forward)
+    assert model[0].weight.count_nonzero() == 20
+    handle.remove()
+
+
+@each_pass
+def test_works_inside_no_grad_and_inference_mode(importance):
+    wanted = importance(net(), [xy()])
+
+    def leaky():
+        with torch.no_grad():
+            yield xy()
+
+    for guard in (torch.no_grad, torch.inference_mode):
+        model = net()
+        with guard():
+            got = importance(model, [xy()])
+            from_generator = importance(model, leaky())
+            assert not torch.is_grad_enabled()
+        same(got, wanted)
+        same(from_generator, wanted)
+        assert all(not value.is_inference() for value in got.values())
+
+
+def test_autocast_of_the_caller_stays_on():
+    model, (x, y) = net().float(), xy()
+    x = x.float()
+    kinds = set()
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            model(x)  # caches casts of the weights that carry no graph
+        got = fisher_importance(model, [(x, y)], forward=lambda m, b: (kinds.add(m(b[0]).dtype) or m(b[0]), b[1]))
+    assert kinds == {torch.bfloat16}
+    assert all(value.count_nonzero() for value in got.values())
+
+
+# ── wrappers ──
+
+
+@each_pass
+def test_compiled_and_data_parallel_models(importance):
+    wanted = importance(net(), [xy()])
+    same(importance(torch.compile(net(), backend="eager"), [xy()]), wanted)
+    same(importance(nn.DataParallel(net()), [xy()]), wanted)
+    inner = net()
+    inner[0] = torch.compile(inner[0], backend="eager")
+    same(importance(inner, [xy()]), wanted)
+    assert fastewc.Importance is type(wanted)
+
+
+def test_cut_of_time_major_batches_by_max_samples():
+    x = torch.randn(5, 4, 4, dtype=torch.float64)
+    y = torch.randint(0, 3, (5, 4))
+    got = fisher_importance(net(), [(x, y)], batch_dim=1, max_samples=3)
+    same(got, fisher_importance(net(), [(x[:, :3].transpose(0, 1), y[:, :3].T)]))
+    assert got.num_samples == 3

@@ -1,0 +1,434 @@
+"""Without ewc the optimizers are torch's: arguments, results, state, state dicts, hooks, schedulers."""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastewc
+from fastewc.testing import assert_within_roundings
+
+NAMES = ["SGD", "Adam", "AdamW"]
+EXTRAS = ["ewc", "max_grad_norm", "path_integral", "clip_penalty", "impl"]
+
+SGD_ARGUMENTS: list[dict[str, Any]] = [
+    {},
+    {"lr": 0.05},
+    {"lr": torch.tensor(0.05)},
+    {"lr": torch.tensor([0.05])},
+    {"lr": 0.05, "momentum": 0.9},
+    {"lr": 0.05, "momentum": 0.9, "dampening": 0.3},
+    {"lr": torch.tensor(0.05, dtype=torch.float64), "momentum": 0.9, "nesterov": True},
+    {"lr": 0.05, "weight_decay": 0.1},
+    {"lr": 0.05, "weight_decay": torch.tensor(0.1)},
+    {"lr": 0.05, "maximize": True, "momentum": 0.5, "weight_decay": 0.01},
+    {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "maximize": True},
+]
+ADAM_ARGUMENTS: list[dict[str, Any]] = [
+    {},
+    {"lr": 0.02, "betas": (0.8, 0.95)},
+    {"lr": 0.02, "betas": (0.0, 0.0)},
+    {"lr": 0.02, "betas": (torch.tensor(0.8), torch.tensor(0.95))},
+    {"lr": torch.tensor(0.02), "amsgrad": True},
+    {"lr": torch.tensor([0.02], dtype=torch.float64), "weight_decay": 0.0},
+    {"lr": 0.02, "eps": 0.1},
+    {"lr": 0.02, "weight_decay": 0.1},
+    {"lr": torch.tensor(0.02), "weight_decay": 0.1},
+    {"lr": 0.02, "weight_decay": 0.0},
+    {"lr": 0.02, "amsgrad": True, "weight_decay": 0.05, "maximize": True, "eps": 1e-3},
+]
+CASES = (
+    [("SGD", a) for a in SGD_ARGUMENTS]
+    + [(name, a) for name in ("Adam", "AdamW") for a in ADAM_ARGUMENTS]
+    + [("Adam", {"lr": 0.02, "weight_decay": 0.1, "decoupled_weight_decay": True})]
+)
+IDS = [f"{name}-{i}" for i, (name, _) in enumerate(CASES)]
+
+
+def ours(name: str) -> type[torch.optim.Optimizer]:
+    return getattr(fastewc.optim, name)
+
+
+def theirs(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """torch's for-loop implementation: its fused CPU kernels are wrong for strided parameters in some versions."""
+    cls = getattr(torch.optim, name)
+    return lambda params, **kwargs: cls(params, foreach=False, fused=False, **kwargs)
+
+
+def make_params(dtype: torch.dtype, seed: int = 3) -> list[nn.Parameter]:
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(), (0,), (5,), (7, 9), (4, 3, 5, 2), (6, 8)]
+    values = [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes]
+    values[4] = values[4].contiguous(memory_format=torch.channels_last)
+    values[5] = values[5][:, ::2]
+    return [nn.Parameter(value) for value in values]
+
+
+def give_gradients(pairs: Iterable[list[nn.Parameter]], step: int) -> None:
+    """The same gradient for every list; parameter 2 has none in step 2, parameter 3 is frozen in steps 10 to 14."""
+    g = torch.Generator().manual_seed(100 + step)
+    lists = list(pairs)
+    for i, params in enumerate(zip(*lists, strict=True)):
+        value = torch.randn(params[0].shape, generator=g, dtype=torch.float64) * 10.0 ** (step % 5 - 2)
+        absent = (i == 2 and step == 2) or (i == 3 and 10 <= step < 15)
+        for p in params:
+            p.grad = None if absent else torch.empty_like(p).copy_(value)  # autograd's layout
+
+
+def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+    return [{"params": params[:3]}, {"params": params[3:], "weight_decay": 0.03}]
+
+
+def assert_same_state(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
+    one, other = a.state_dict()["state"], b.state_dict()["state"]
+    assert one.keys() == other.keys()
+    for i in one:
+        assert one[i].keys() == other[i].keys()
+        for key, value in one[i].items():
+            assert value.dtype == other[i][key].dtype, key
+            assert value.stride() == other[i][key].stride(), key
+            assert torch.equal(value, other[i][key]), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_have_torchs_names_order_and_defaults(name: str):
+    mine = inspect.signature(ours(name).__init__).parameters
+    torchs = inspect.signature(getattr(torch.optim, name).__init__).parameters
+    assert list(mine) == [*torchs, *EXTRAS]
+    for key, parameter in torchs.items():
+        assert mine[key].kind == parameter.kind
+        assert mine[key].default == parameter.default
+    assert all(mine[key].kind == inspect.Parameter.KEYWORD_ONLY for key in EXTRAS)
+    assert issubclass(ours(name), getattr(torch.optim, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("name", "arguments"), CASES, ids=IDS)
+def test_reference_has_torchs_bits_over_50_steps(name: str, arguments: dict[str, Any], dtype: torch.dtype):
+    # The reference does the operations of torch's for-loop in their order, so there is no rounding to allow for.
+    mine, torchs = make_params(dtype), make_params(dtype)
+    arguments = copy.deepcopy(arguments)
+    a = ours(name)(groups(mine), impl="reference", **arguments)
+    b = theirs(name)(groups(torchs), **arguments)
+    for step in range(50):
+        give_gradients((mine, torchs), step)
+        a.step()
+        b.step()
+    for p, q, start in zip(mine, torchs, make_params(dtype), strict=True):
+        assert torch.equal(p, q)
+        assert p.numel() == 0 or not torch.equal(p, start)
+    assert_same_state(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("name", "arguments"), CASES, ids=IDS)
+def test_auto_is_torch_within_roundings_over_50_steps(name: str, arguments: dict[str, Any], dtype: torch.dtype):
+    """Each of 50 steps from torch's own float64 state rounded to dtype, so errors cannot hide in a trajectory.
+
+    A step adds at most about 8 roundings to the direction (g + ηw, the moments, their quotient) and 2 to w. Its
+    error scale is |w| + |Δw|·(1 + V/v): V/v ≤ 1 for a sum of squares without cancellation.
+    """
+    torchs, arguments = make_params(torch.float64), copy.deepcopy(arguments)
+    b = theirs(name)(groups(torchs), **arguments)
+    mine = make_params(dtype)
+    a = ours(name)(groups(mine), **arguments)
+    for step in range(50):
+        with torch.no_grad():
+            for p, q in zip(mine, torchs, strict=True):
+                p.copy_(q)
+                q.copy_(p)  # both start from numbers of the tested dtype
+        give_gradients((mine, torchs), step)
+        for p, q in zip(mine, torchs, strict=True):
+            if p.grad is not None:
+                q.grad = p.grad.double()
+        before = [q.detach().clone() for q in torchs]
+        a.load_state_dict(copy.deepcopy(b.state_dict()))  # casts the state to the dtype of the parameters,
+        b.load_state_dict(copy.deepcopy(a.state_dict()))  # and back
+        a.step()
+        b.step()
+        for p, q, w in zip(mine, torchs, before, strict=True):
+            scale = w.abs() + 2 * (q.detach() - w).abs() + _direction_terms(q, b)
+            assert_within_roundings(p, q.detach(), roundings=16, error_scale=scale, context=f"step {step}")
+
+
+def _direction_terms(q: nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Σ|terms| of Δw where they cancel: g against the moment or decay that it joins, times how far one unit moves w."""
+    group = next(g for g in optimizer.param_groups if any(q is p for p in g["params"]))
+    if q.grad is None:
+        return torch.zeros_like(q)
+    lr, g = float(group["lr"]), q.grad.abs() + float(group["weight_decay"]) * 2 * q.detach().abs()
+    state = optimizer.state[q]
+    if "exp_avg_sq" not in state:
+        mu = group["momentum"]
+        # |b_old| ≤ (|b| + g)/μ, and Nesterov adds μ|b| to g.
+        return lr * (3 * g + (0 if mu == 0 else 2 * state["momentum_buffer"].abs()))
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    t = float(state["step"])
+    v = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+    denominator = (v / (1 - beta2**t)).sqrt() + group["eps"]
+    return lr / (1 - beta1**t) * (state["exp_avg"].abs() + 2 * (1 - beta1) * g) / denominator
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_low_precision_is_computed_in_float32_and_rounded_once(name: str):
+    mine, wide = make_params(torch.bfloat16), make_params(torch.float64)
+    a = ours(name)(mine, lr=0.01, weight_decay=0.1)
+    b = theirs(name)(wide, lr=0.01, weight_decay=0.1)
+    give_gradients((mine, wide), 0)
+    for p, q in zip(mine, wide, strict=True):
+        q.data.copy_(p.data)
+        q.grad = p.grad.double()
+    a.step()
+    b.step()
+    for p, q in zip(mine, wide, strict=True):
+        scale = q.detach().abs() + 0.01 * (10 + p.grad.double().abs())
+        assert p.dtype == torch.bfloat16
+        assert_within_roundings(p, q.detach(), roundings=16, error_scale=scale)
+        assert all(value.dtype == p.dtype for key, value in a.state.get(p, {}).items() if key != "step")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("flags", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}])
+def test_foreach_and_fused_are_accepted_and_change_nothing(name: str, flags: dict[str, bool]):
+    mine, torchs = make_params(torch.float64), make_params(torch.float64)
+    a, b = ours(name)(mine, lr=0.1, **flags), theirs(name)(torchs, lr=0.1)
+    for step in range(5):
+        give_gradients((mine, torchs), step)
+        a.step()
+        b.step()
+    scale = [q.detach().abs() + 5 for q in torchs]
+    for p, q, s in zip(mine, torchs, scale, strict=True):
+        assert_within_roundings(p, q.detach(), roundings=32, error_scale=s)
+    assert all(a.param_groups[0][key] is value for key, value in flags.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_float64_default_dtype_makes_torchs_state(name: str):
+    torch.set_default_dtype(torch.float64)
+    try:
+        mine, torchs = make_params(torch.float64), make_params(torch.float64)
+        a, b = ours(name)(mine, lr=0.1), theirs(name)(torchs, lr=0.1)
+        give_gradients((mine, torchs), 0)
+        a.step()
+        b.step()
+        assert_same_state(a, b)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_dict_is_torchs_and_goes_both_ways(name: str):
+    mine, torchs = make_params(torch.float32), make_params(torch.float32)
+    extra = {"momentum": 0.9} if name == "SGD" else {"amsgrad": True}
+    a, b = ours(name)(groups(mine), lr=0.1, **extra), theirs(name)(groups(torchs), lr=0.1, **extra)
+    for step in range(3):
+        give_gradients((mine, torchs), step)
+        a.step()
+        b.step()
+    keys = [list(group) for group in b.state_dict()["param_groups"]]
+    assert [list(group) for group in a.state_dict()["param_groups"]] == keys
+    there = ours(name)(groups(mine), impl="reference")
+    there.load_state_dict(copy.deepcopy(b.state_dict()))
+    back = theirs(name)(groups(torchs))
+    back.load_state_dict(copy.deepcopy(a.state_dict()))
+    for step in range(3, 6):
+        give_gradients((mine, torchs), step)
+        there.step()
+        back.step()
+    assert all(torch.equal(p, q) for p, q in zip(mine, torchs, strict=True))
+    assert_same_state(there, back)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_schedulers_closures_and_hooks(name: str):
+    mine, torchs = make_params(torch.float64), make_params(torch.float64)
+    a, b = ours(name)(mine, lr=0.1, impl="reference"), theirs(name)(torchs, lr=0.1)
+    schedulers = [
+        torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.2, total_steps=12, cycle_momentum=False) for o in (a, b)
+    ]
+    calls: list[str] = []
+    a.register_step_pre_hook(lambda *_: calls.append("pre"))
+    a.register_step_post_hook(lambda *_: calls.append("post"))
+
+    def closure(params: list[nn.Parameter], o: torch.optim.Optimizer) -> Tensor:
+        assert torch.is_grad_enabled()
+        o.zero_grad()
+        loss = sum((p.square().sum() * (i + 1) for i, p in enumerate(params)), torch.zeros((), dtype=torch.float64))
+        loss.backward()
+        return loss
+
+    for _ in range(10):
+        assert torch.equal(a.step(lambda: closure(mine, a)), b.step(lambda: closure(torchs, b)))
+        for scheduler in schedulers:
+            scheduler.step()
+    assert calls == ["pre", "post"] * 10
+    assert all(torch.equal(p, q) for p, q in zip(mine, torchs, strict=True))
+    assert a.step() is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_backward_after_the_step_is_noticed(name: str):
+    p = nn.Parameter(torch.ones(3))
+    o = ours(name)([p], lr=0.1)
+    loss = (p * p).sum()
+    loss.backward(retain_graph=True)
+    o.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_never_written(name: str):
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    o = ours(name)([p], lr=0.1, weight_decay=0.1, maximize=True, max_grad_norm=0.01)
+    for _ in range(3):
+        p.grad = torch.tensor([1.0, -2.0, 3.0], dtype=torch.bfloat16)
+        version = p.grad._version
+        o.step()
+        assert p.grad._version == version
+        assert p.grad.tolist() == [1.0, -2.0, 3.0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_moves_without_gradients(name: str):
+    params = make_params(torch.float32)
+    o = ours(name)(params, lr=0.1)
+    o.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, make_params(torch.float32), strict=True))
+    assert o.state_dict()["state"] == {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torchs_constructor_errors_remain(name: str):
+    p = [nn.Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        ours(name)(p, lr=-1.0)
+    with pytest.raises(ValueError, match="Tensor lr must be 1-element"):
+        ours(name)(p, lr=torch.tensor([0.1, 0.2]))
+    with pytest.raises(RuntimeError, match="cannot be `True` together"):
+        ours(name)(p, lr=0.1, fused=True, foreach=True)
+    with pytest.raises(ValueError, match="empty parameter list"):
+        ours(name)([], lr=0.1)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        ours(name)([{"params": p}, {"params": p}])
+    with pytest.raises(TypeError):
+        ours(name)(p, 0.1, (0.9, 0.9), 0, 0, False, True)  # keyword-only from there on
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_our_constructor_errors(name: str):
+    p = [nn.Parameter(torch.ones(2))]
+    with pytest.raises(NotImplementedError, match="differentiable=True"):
+        ours(name)(p, lr=0.1, differentiable=True)
+    for bad in (0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="max_grad_norm must be positive"):
+            ours(name)(p, lr=0.1, max_grad_norm=bad)
+    with pytest.raises(ValueError, match="path_integral must be False, True or"):
+        ours(name)(p, lr=0.1, path_integral="regularised")
+    with pytest.raises(ValueError, match=r"named_parameters\(\)"):
+        ours(name)(p, lr=0.1, path_integral=True)
+    with pytest.raises(ValueError, match="impl must be"):
+        ours(name)(p, lr=0.1, impl="fast")
+    with pytest.raises(NotImplementedError, match="triton"):
+        ours(name)(p, lr=0.1, impl="triton")
+    with pytest.raises(ValueError, match="fused=False selects the reference"):
+        ours(name)(p, lr=0.1, impl="triton", fused=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_that_cannot_be_stepped_are_refused_before_anything_changes(name: str):
+    good, sparse = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3, 2))
+    o = ours(name)([good, sparse], lr=0.1)
+    good.grad = torch.ones(2)
+    sparse.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 2), (3, 2), check_invariants=True)
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        o.step()
+    assert good.tolist() == [1.0, 1.0]
+    z = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    o = ours(name)([good, z], lr=0.1)
+    z.grad = torch.ones_like(z)
+    with pytest.raises(NotImplementedError, match="complex64"):
+        o.step()
+    assert good.tolist() == [1.0, 1.0]
+    assert not o.state_dict()["state"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fused_refuses_meta_parameters_as_torch_does(name: str):
+    model = nn.Linear(2, 2, device="meta")
+    o = ours(name)(model.parameters(), lr=0.1, fused=True)
+    model.weight.grad = torch.empty_like(model.weight)
+    with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors of"):
+        o.step()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_deepcopy_print_and_pickle(name: str):
+    params = make_params(torch.float32)
+    o = ours(name)(params, lr=0.1, max_grad_norm=2.0, clip_penalty=True, impl="reference")
+    give_gradients([params], 0)
+    o.step()
+    public = {key for key in vars(o) if not key.startswith("_")}
+    twin = copy.deepcopy(o)
+    assert {key for key in vars(twin) if not key.startswith("_")} == public
+    assert (twin.max_grad_norm, twin.clip_penalty, twin.impl) == (2.0, True, "reference")
+    assert torch.equal(twin.grad_norm, o.grad_norm)
+    assert repr(twin) == repr(o)
+    assert name in repr(o)
+    copied = twin.param_groups[0]["params"]
+    give_gradients([params, copied], 1)
+    o.step()
+    twin.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, copied, strict=True))
+    assert not any(p is q for p, q in zip(params, copied, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_add_param_group_and_named_parameters(name: str):
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    o = ours(name)(model[0].named_parameters(), lr=0.1)
+    assert o.param_groups[0]["param_names"] == ["weight", "bias"]
+    with pytest.raises(ValueError, match="with/without names"):
+        o.add_param_group({"params": model[1].parameters()})
+    o.add_param_group({"params": list(model[1].named_parameters()), "lr": 0.0})
+    model(torch.ones(1, 2)).sum().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    o.step()
+    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert moved == [True, True, False, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_capturable_is_torchs_on_a_gpu(name: str):
+    mine = [nn.Parameter(p.detach().cuda()) for p in make_params(torch.float32)]
+    torchs = [nn.Parameter(p.detach().double().cuda()) for p in make_params(torch.float32)]
+    lr = torch.tensor(0.01, device="cuda")
+    a = ours(name)(mine, lr=lr, capturable=True, weight_decay=0.1)
+    b = theirs(name)(torchs, lr=lr.double(), capturable=True, weight_decay=0.1)
+    for step in range(20):
+        give_gradients((mine, torchs), step)
+        for p, q in zip(mine, torchs, strict=True):
+            p.grad = None if p.grad is None else p.grad.cuda()
+            q.grad = None if p.grad is None else p.grad.double()
+        a.step()
+        b.step()
+    assert all(a.state[p]["step"].is_cuda for p in mine if p in a.state)
+    for p, q in zip(mine, torchs, strict=True):
+        # 20 steps of |Δw| ≤ lr·√(1/(1 − β₂)) at worst, each with 16 roundings.
+        scale = q.detach().abs() + 20 * 0.01 * 10
+        assert_within_roundings(p, q.detach(), roundings=20 * 16, error_scale=scale)
+
+
+@pytest.mark.gpu
+def test_capturing_a_graph_without_capturable_is_refused():
+    p = nn.Parameter(torch.ones(3, device="cuda"))
+    o = ours("Adam")([p], lr=0.1)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="capturable=True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        o.step()
