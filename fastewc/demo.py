@@ -11,6 +11,7 @@ What to copy into your own code is :func:`train`: an :class:`fastewc.EWC`, an op
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -108,13 +109,18 @@ class Result:
         return sum(lost) / len(lost)
 
 
+def require_extras() -> None:
+    """ImportError, before any work is done, if a package that the demo needs is missing."""
+    for module, package in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib"), ("tqdm", "tqdm")):
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(f"the demo needs {package}: pip install 'fastewc[demo]'")
+
+
 def load_tasks(count: int, seed: int) -> list[Task]:
     """The digits, a quarter of them held out for testing; task 1 as they are, the others with shuffled pixels."""
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ImportError("the demo needs scikit-learn: pip install 'fastewc[demo]'") from error
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)
     split = train_test_split(images / 16, labels, test_size=0.25, random_state=seed, stratify=labels)
     train_x, test_x = (torch.tensor(part, dtype=torch.float32) for part in split[:2])
@@ -172,16 +178,19 @@ def train(method: Method, tasks: Sequence[Task], *, epochs: int, seed: int, bar:
 
 def run(methods: Sequence[Method], *, tasks: int, epochs: int, seed: int) -> list[Result]:
     """All methods on the same tasks, from the same initial weights, with a progress bar."""
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("the demo shows its progress with tqdm: pip install 'fastewc[demo]'") from error
+    from tqdm import tqdm
+
     data = load_tasks(tasks, seed)
     results = []
-    with torch.random.fork_rng(devices=[]), tqdm(total=len(methods) * tasks * epochs, unit="epoch") as bar:
-        for method in methods:
-            bar.set_description(method.name)
-            results.append(train(method, data, epochs=epochs, seed=seed, bar=bar))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small only lose by being shared between cores
+    try:
+        with torch.random.fork_rng(devices=[]), tqdm(total=len(methods) * tasks * epochs, unit="epoch") as bar:
+            for method in methods:
+                bar.set_description(method.name)
+                results.append(train(method, data, epochs=epochs, seed=seed, bar=bar))
+    finally:
+        torch.set_num_threads(threads)
     return results
 
 
@@ -213,11 +222,9 @@ def format_table(results: Sequence[Result]) -> str:
 
 def draw(results: Sequence[Result], path: Path) -> None:
     """One panel per method: the accuracy of every task while the network goes through all of them."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the demo draws with matplotlib: pip install 'fastewc[demo]'") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     count, epochs = len(results[0].final), results[0].epochs
     columns = 4
     rows = math.ceil((len(results) + 1) / columns)  # one place more than panels: the legend lives there
@@ -278,12 +285,11 @@ def main(argv: list[str] | None = None) -> int:
     if tasks < 2 or epochs < 1:
         parser.error(f"forgetting needs at least 2 tasks and 1 epoch, got --tasks {tasks} --epochs {epochs}")
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # matrices this small only lose by being shared between cores
-    try:
-        results = run(METHODS, tasks=tasks, epochs=epochs, seed=args.seed)
-    finally:
-        torch.set_num_threads(threads)
+    if not args.out.absolute().parent.is_dir():
+        parser.error(f"--out {args.out}: that folder does not exist")
+
+    require_extras()
+    results = run(METHODS, tasks=tasks, epochs=epochs, seed=args.seed)
     print(format_table(results))
     draw(results, args.out)
     print(f"picture: {args.out}")

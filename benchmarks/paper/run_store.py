@@ -67,7 +67,7 @@ class RunStore:
         if not file.exists():
             raise RuntimeError(
                 f"{run} starts from Adam's state at the end of {run.before}, but {file} is missing: give the "
-                f"--work folder of the earlier call, or remove the runs of row {run.row} from {self.out} and repeat them"
+                f"--work folder of the earlier call, or remove the runs of {run.row} from {self.out} and repeat them"
             )
         state: dict[str, Any] = torch.load(file, weights_only=True)
         return state
