@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -46,13 +47,18 @@ _outcome = _Outcome()
 
 
 def cache_folder() -> Path:
-    """The user's cache folder for these sources, this torch and this CPU; it may not exist yet."""
+    """The user's cache folder for these sources, this torch and this CPU; it may not exist yet.
+
+    Raises:
+        fastewc._build.BuildError: the user has no home folder and XDG_CACHE_HOME is not set.
+    """
     if os.environ.get("XDG_CACHE_HOME"):
         root = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
     else:
-        root = Path.home() / ".cache"
+        home = Path(os.path.expanduser("~"))  # which is left as it is where there is no home
+        if not home.is_absolute():
+            raise _build.BuildError("no folder to build in: this user has no home; set XDG_CACHE_HOME")
+        root = home / "Library" / "Caches" if sys.platform == "darwin" else home / ".cache"
     key = "\0".join((_build.source_digest(), torch.__version__, _cpu()))
     return root / "fastewc" / hashlib.sha256(key.encode()).hexdigest()[:24]
 
@@ -68,7 +74,10 @@ def _cpu() -> str:
 def _candidates() -> list[Path]:
     """Libraries of exactly the present sources, best first: the package's own, then the cache's."""
     digest = _build.source_digest().encode()
-    paths = (_package / _build.LIBRARY_NAME, cache_folder() / _build.LIBRARY_NAME)
+    folders = [_package]
+    with contextlib.suppress(_build.BuildError):
+        folders.append(cache_folder())
+    paths = [folder / _build.LIBRARY_NAME for folder in folders]
     return [path for path in paths if path.is_file() and digest in path.read_bytes()]
 
 
@@ -87,6 +96,7 @@ def status() -> Status:
             return Status("built", f"prebuilt at {built[0]}")
         if not _jit_allowed():
             return Status("missing", f"{_FORBIDDEN}; then {_advice()}")
+        cache_folder()
         _build.torch_folder()
         found = " ".join(_build.compiler())
     except _build.BuildError as error:

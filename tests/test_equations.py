@@ -76,9 +76,6 @@ def spectral_radius(method: str, alpha_h: float, s: float, variant: str) -> floa
     return torch.linalg.eigvals(torch.tensor(columns, dtype=F64).T).abs().max().item()
 
 
-# ── Closed forms ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("s", S)
 @pytest.mark.parametrize(
     ("variant", "factor"),
@@ -125,9 +122,6 @@ def test_with_sgd_the_pull_of_one_step_never_exceeds_the_distance(variant: str, 
     w, opt = protected(variant, s, lr=0.1, start=5.0)
     path = descend(w, opt, 0.0, 0.0, 20)
     assert all(0 <= b <= a for a, b in itertools.pairwise([5.0, *path]))
-
-
-# ── Stability ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -207,9 +201,6 @@ def test_e3_never_moves_the_updated_weight_away_from_the_anchor():
         before, after = (free.to(wide) - anchor.to(wide)).abs(), (model.w.to(wide) - anchor.to(wide)).abs()
         # One spacing of the stored numbers for the rounding of w′ itself, which torch rounds before and we after.
         assert bool((after <= before + torch.finfo(dtype).eps * free.to(wide).abs()).all())
-
-
-# ── Where they come to rest ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("s", [0.01, 0.5, 1.5, 20.0])

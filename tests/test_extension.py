@@ -93,6 +93,19 @@ def test_an_unwritable_cache_is_a_reason_not_a_crash(
         _extension.load()
 
 
+def test_without_a_home_the_package_still_serves(
+    compiler: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(_extension.os.path, "expanduser", lambda path: path)
+    assert "this user has no home; set XDG_CACHE_HOME" in _extension.status().reason
+    with pytest.raises(_extension.NativeUnavailable, match="set XDG_CACHE_HOME"):
+        _extension.load()
+    monkeypatch.setattr(_extension, "_outcome", _extension._Outcome())
+    put_library(tmp_path / "package", _build.source_digest())
+    assert _extension.status().state == "built"
+
+
 def test_build_goes_to_the_package_else_to_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def compile_library(target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)

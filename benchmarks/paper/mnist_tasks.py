@@ -44,15 +44,11 @@ def load_mnist(data_root: str | Path | None, *, download: bool = False) -> Split
     """
     root = data_root or os.environ.get("FASTEWC_DATA")
     if not root:
-        raise ValueError(
-            "no data folder: give --data-root PATH or set FASTEWC_DATA (and --download to fetch MNIST)"
-        )
+        raise ValueError("no data folder: give --data-root PATH or set FASTEWC_DATA (and --download to fetch MNIST)")
     try:
         from torchvision.datasets import MNIST
     except ImportError as error:
-        raise ImportError(
-            "this benchmark reads MNIST through torchvision: pip install 'fastewc[bench]'"
-        ) from error
+        raise ImportError("this benchmark reads MNIST through torchvision: pip install 'fastewc[bench]'") from error
     train, test = (MNIST(str(root), train=part, download=download) for part in (True, False))
     return Split(
         train.data.flatten(1).float().div_(255),
@@ -62,7 +58,7 @@ def load_mnist(data_root: str | Path | None, *, download: bool = False) -> Split
     )
 
 
-def pixel_orders(tasks: int, pixels: int, seed: int = PERMUTATION_SEED) -> list[Tensor]:
+def pixel_orders(tasks: int, pixels: int, seed: int) -> list[Tensor]:
     """One pixel order [P] per task: the identity, then ``tasks − 1`` permutations that depend on ``seed`` alone."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.arange(pixels)] + [torch.randperm(pixels, generator=generator) for _ in range(tasks - 1)]

@@ -95,7 +95,5 @@ class RunStore:
     def accuracies(self, row: str, mode: str, seeds: int) -> list[float]:
         """Final accuracies of the finished runs of one row, in the order of their seeds."""
         return [
-            self.finished[run]["accuracy"]
-            for seed in range(seeds)
-            if (run := Run(row, mode, seed)) in self.finished
+            self.finished[run]["accuracy"] for seed in range(seeds) if (run := Run(row, mode, seed)) in self.finished
         ]

@@ -49,9 +49,8 @@ class PassOptions:
             raise TypeError(f"generator must be a torch.Generator, got {type(self.generator).__name__}")
         if self.verify:
             raise NotImplementedError(
-                "verify=True is not implemented: today every per-sample gradient is computed by batch-1 autograd "
-                "itself, so "
-                "there is nothing else to compare with it"
+                "verify=True is not implemented yet: it is for per-sample gradients that come in batches, and today "
+                "each sample is differentiated by itself"
             )
 
 
@@ -92,7 +91,7 @@ def _run_pass(model: nn.Module, data: Any, options: PassOptions, method: str, ma
     module, ranks = unwrap(model), Ranks(options.process_group, device)
     with ranks:
         parameters = exclude_parameters(named, options.exclude)
-        check_model(module, parameters, allow_dropout=options.allow_dropout, what=method.partition("/")[0])
+        check_model(model, parameters, allow_dropout=options.allow_dropout, what=_caller(method))
         ranks.expect_same(
             repr((method, options.max_samples, [(name, tuple(p.shape)) for name, p in parameters.items()]))
         )
@@ -117,6 +116,11 @@ def _run_pass(model: nn.Module, data: Any, options: PassOptions, method: str, ma
     idle = "the forward never used it" if used else "no sample had a counted position that it could change"
     report: Report = {name: (measure.path, measure.reason) if name in used else ("unused", idle) for name in names}
     return Importance._of(measure.sums, total, method, report)
+
+
+def _caller(method: str) -> str:
+    """The public function that a method string comes from, for error texts."""
+    return f"{method.partition('/')[0]}_importance"
 
 
 def _read(
@@ -156,7 +160,7 @@ def _look_first(module: nn.Module, batch: Batch, measure: Measure, allow_dropout
             measure.check(batch)
         torch.clear_autocast_cache()
 
-    refuse_randomness(module, look, allow=allow_dropout, what=what.partition("/")[0])
+    refuse_randomness(module, look, allow=allow_dropout, what=_caller(what))
 
 
 @contextmanager

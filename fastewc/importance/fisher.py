@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastewc._names import Exclude
+from fastewc._names import Exclude, op_dtype
 from fastewc.importance.base import Importance
 from fastewc.importance.data_pass import PassOptions, run_pass
 from fastewc.importance.evaluate import Evaluated, Evaluator, Forward, logits_or_raw
@@ -211,7 +211,7 @@ class CallableFisher(SampleMeasure):
     def terms(self, seen: Evaluated) -> Iterator[Term]:
         """The sample's loss."""
         losses = self._losses(seen)
-        yield Term(losses.double().sum() if losses.dtype == torch.float64 else losses.float().sum())
+        yield Term(losses.to(op_dtype(losses)).sum())
 
     def _losses(self, seen: Evaluated) -> Tensor:
         losses = self._loss(logits_or_raw(seen.raw), seen.target)

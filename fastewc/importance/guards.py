@@ -113,7 +113,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 def kept_buffers(module: nn.Module) -> Iterator[None]:
     """Put every buffer back as it was: the same tensor with the same content."""
     kept = [
-        (owner, name, buffer, buffer.detach().clone())
+        (owner, name, buffer, buffer.detach().clone(), buffer._version)
         for owner in module.modules()
         for name, buffer in owner._buffers.items()
         if buffer is not None
@@ -122,13 +122,14 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for owner, name, buffer, content in kept:
+            for owner, name, buffer, content, version in kept:
                 owner._buffers[name] = buffer
-                if not _same(buffer, content):
+                if not _same(buffer, content, version):
                     buffer.copy_(content)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    if one.is_floating_point() or one.is_complex():
-        return bool(((one == other) | (one.isnan() & other.isnan())).all())
-    return torch.equal(one, other)
+def _same(buffer: Tensor, content: Tensor, version: int) -> bool:
+    """True if the buffer still holds ``content``, bit for bit (NaN included, and writes through .data)."""
+    if type(buffer) is not Tensor or buffer.layout != torch.strided:
+        return buffer._version == version
+    return torch.equal(buffer.flatten().view(torch.uint8), content.flatten().view(torch.uint8))

@@ -51,7 +51,7 @@ _SOFTMAX = _functions("softmax")
 _RESHAPES = _functions(
     "view", "reshape", "flatten", "unflatten", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis",
     "squeeze", "unsqueeze", "contiguous", "t",
-) | {Tensor.T.__get__, Tensor.mT.__get__}  # fmt: skip
+) | {Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]  # fmt: skip
 _ASSIGNMENTS = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__ipow__")
 
 
@@ -91,7 +91,7 @@ class _Mark:
             labels = units.view(-1, *[1] * (-1 - self.dim)).expand(source.shape)
             if self.keep is not None:
                 labels = torch.where(self.keep.unsqueeze(-1), labels, -1)
-        return _Mark(self.unit, self.dim, None, change(labels.clone(memory_format=torch.preserve_format)))
+        return _Mark(self.unit, self.dim, None, change(torch.empty_like(source, dtype=torch.int64).copy_(labels)))
 
 
 class Capture(TorchFunctionMode):

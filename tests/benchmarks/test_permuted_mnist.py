@@ -33,9 +33,9 @@ def prototypes(train: int = 120, test: int = 60, pixels: int = 36, classes: int 
 
 def test_pixel_orders_are_fixed_permutations_that_start_with_the_identity() -> None:
     torch.manual_seed(1)
-    orders = pixel_orders(10, 784)
+    orders = pixel_orders(10, 784, 1)
     torch.manual_seed(2)
-    again = pixel_orders(10, 784)
+    again = pixel_orders(10, 784, 1)
     assert torch.equal(orders[0], torch.arange(784))
     for k, order in enumerate(orders):
         assert torch.equal(order, again[k])
@@ -91,7 +91,7 @@ def test_importances_come_from_the_last_samples_of_every_task_but_the_last(
     monkeypatch.setattr(protocol, "measure_importance", spy)
     run_once(ROWS["fisher-plain-82"], data, seed=0, protocol=SMALL)
     assert len(seen) == SMALL.tasks - 1
-    for (kind, training, x, y), order in zip(seen, pixel_orders(SMALL.tasks, 36), strict=False):
+    for (kind, training, x, y), order in zip(seen, pixel_orders(SMALL.tasks, 36, SMALL.permutations), strict=False):
         assert kind == "fisher" and not training
         assert torch.equal(x, data.train_x[-40:, order]) and torch.equal(y, data.train_y[-40:])
 
@@ -127,9 +127,7 @@ def test_a_carried_chain_has_a_fresh_run_in_front_of_it() -> None:
     ]
     for k, run in enumerate(todo):
         assert run.before is None or run.before in todo[:k]
-    assert permuted_mnist.plan(["a"], ["fresh", "carried"], 1, {Run("a", "fresh", 0)}) == [
-        Run("a", "carried", 0)
-    ]
+    assert permuted_mnist.plan(["a"], ["fresh", "carried"], 1, {Run("a", "fresh", 0)}) == [Run("a", "carried", 0)]
 
 
 def test_store_resumes_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
@@ -156,7 +154,7 @@ def test_summary_by_hand() -> None:
     s = permuted_mnist.summarise(row, "carried", [0.94, 0.95, 0.96, 0.95, 0.95])
     assert s.mean == pytest.approx(0.95)
     assert s.sd == pytest.approx(math.sqrt(2e-4 / 4))
-    assert s.half_width == pytest.approx(2.776 * math.sqrt(2e-4 / 4) / math.sqrt(5))
+    assert s.half_width == pytest.approx(2.7764451 * math.sqrt(2e-4 / 4) / math.sqrt(5))
     assert s.allowed == pytest.approx(3 * 0.004 * 0.5)  # 1/5 + 1/20 = 1/4
     assert s.passed
     assert not permuted_mnist.summarise(row, "carried", [0.943] * 5).passed
@@ -182,9 +180,7 @@ def write_idx(folder: Path, images: int, part: str) -> None:
     header = struct.pack(">IIII", 2051, images, 28, 28)
     (folder / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.numpy().tobytes())
     labels = (torch.arange(images) % 10).to(torch.uint8)
-    (folder / f"{part}-labels-idx1-ubyte").write_bytes(
-        struct.pack(">II", 2049, images) + labels.numpy().tobytes()
-    )
+    (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, images) + labels.numpy().tobytes())
 
 
 def test_command_runs_resumes_and_prints(

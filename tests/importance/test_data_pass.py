@@ -150,7 +150,7 @@ def test_forward_cuts_everything_that_counts_samples():
 
 @pytest.mark.parametrize("result", [3, (1, 2, 3), (torch.ones(1, 3), "y")])
 def test_forward_must_return_output_and_target(result):
-    with pytest.raises(TypeError, match="forward|target"):
+    with pytest.raises(TypeError, match=r"forward|target"):
         fisher_importance(net(), [xy()], forward=lambda m, b: result)
 
 

@@ -187,7 +187,7 @@ def test_sampled_ignores_padding():
     padded = fisher_importance(model, [(x, y)], labels="sampled")
     torch.manual_seed(1)
     short = fisher_importance(model, [(x[:, :2], y[:, :2])], labels="sampled")
-    assert_importance(padded, {name: value for name, value in short.items()})
+    assert_importance(padded, dict(short))
 
 
 def test_callable_loss():
@@ -197,6 +197,26 @@ def test_callable_loss():
     assert got.method == "fisher/custom/dataset"
     no_target = fisher_importance(model, [x], loss=lambda out, t: out.sum(1) if t is None else out * math.nan)
     assert_importance(no_target, naive(model, lambda i: [(1.0, model(x[i]).sum())], 5))
+
+
+def test_gaussian_minus_100_and_another_shape_of_mask():
+    model, x = mlp(), torch.randn(3, 4, dtype=torch.float64)
+    y = torch.randn(3, 3, dtype=torch.float64)
+    y[0, 1] = y[2] = -100.0
+
+    def losses(i):
+        return [(1.0, (0.5 * (model(x[i]) - y[i]) ** 2)[y[i] != -100].sum())]
+
+    assert_importance(fisher_importance(model, [(x, y)], loss="gaussian"), naive(model, losses, 3))
+    expected = fisher_importance(model, [(x, y)], loss="gaussian", labels="expected")
+    assert_importance(expected, naive(model, lambda i: [(1.0, o) for o in model(x[i])[y[i] != -100]], 3))
+
+
+def test_nothing_counts_at_all():
+    got = fisher_importance(mlp(), [(torch.randn(2, 4).double(), torch.full((2,), -100))])
+    assert got.num_samples == 2
+    assert all(value.count_nonzero() == 0 for value in got.values())
+    assert "counted" in got.report["0.weight"][1]
 
 
 # ── models ──

@@ -34,7 +34,8 @@ def test_linear_by_hand():
         model[2].bias.fill_(-10.0)
     x = torch.tensor([[1.0, -1.0], [-3.0, 0.0]])
     got = signal_importance(model, [x])
-    # mean |x| = (2, ½); hidden: (1+2+½, ½−1−3) = (3.5, −3.5) and (−3+½, −1.5−3) = (−2.5, −4.5); after ReLU (3.5, 0), (0, 0).
+    # mean |x| = (2, ½); hidden: (1+2+½, ½−1−3) = (3.5, −3.5) and (−3+½, −1.5−3) = (−2.5, −4.5);
+    # after ReLU (3.5, 0) and (0, 0).
     assert got["0.weight"].tolist() == [[2.0, 1.0], [1.0, 0.5]]
     assert got["0.bias"].tolist() == [1.75, 0.0]
     assert got["2.weight"].tolist() == [[3.5, 0.0]]
@@ -75,6 +76,25 @@ def test_reshapes_in_between_change_nothing():
         hidden = torch.relu(model.norm(model.lin(x).transpose(1, 2)))
         near(got["lin.bias"], hidden.double().abs().sum((0, 2)) / 3)
         near(got["conv.bias"], model.conv(hidden).tanh().double().abs().sum((0, 2)) / 3)
+
+
+def test_strided_reshapes():
+    class Transposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.conv = nn.Linear(3, 4), nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last)
+
+        def forward(self, tokens, image):
+            flat = self.conv(image).permute(0, 2, 3, 1).view(len(image), -1, 3)
+            return torch.relu(self.lin(tokens).T), torch.relu(flat)
+
+    model, tokens = Transposed(), torch.randn(2, 3)
+    image = torch.randn(2, 2, 5, 5).to(memory_format=torch.channels_last)
+    got = signal_importance(model, [(tokens, image)], forward=lambda m, b: (m(*b), None))
+    with torch.no_grad():
+        a, b = model(tokens, image)
+        near(got["lin.bias"], a.double().sum(1) / 2)
+        near(got["conv.bias"], b.double().sum((0, 1)) / 2)
 
 
 def test_without_a_direct_activation_the_output_itself_counts():

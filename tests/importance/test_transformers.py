@@ -122,8 +122,8 @@ def test_named_loss_sees_the_mask_for_other_labels():
     for i in range(3):
         one = cut(batch, i)
         rows = model(**one).logits[one["attention_mask"] != 0]
-        for (n, p), g in zip(
-            oracle.items(), torch.autograd.grad(rows.square().sum(), list(model.parameters())), strict=True
+        for p, g in zip(
+            oracle.values(), torch.autograd.grad(rows.square().sum(), list(model.parameters())), strict=True
         ):
             p += g.abs() / 3
     assert_importance(full, oracle)

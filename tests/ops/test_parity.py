@@ -5,6 +5,7 @@ import pkgutil
 
 import pytest
 import torch
+
 from fastewc import ops
 from fastewc._dispatch import IMPLS, OPS, choose
 from fastewc.testing import assert_all_within_roundings

@@ -235,9 +235,6 @@ def test_low_precision_penalty_is_computed_in_float32(dtype: torch.dtype):
         assert_within_roundings(p, wanted[n], roundings=8, error_scale=scale, context=n)
 
 
-# ── Clipping ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def two_weights() -> tuple[nn.Module, EWC]:
     model = nn.Module()
     model.w = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
@@ -309,9 +306,6 @@ def test_clipping_is_clip_grad_norm_without_touching_gradients(name: str):
         assert_within_roundings(p.detach(), q.detach(), roundings=200, error_scale=q.detach().abs() + 1)
 
 
-# ── Mixed precision ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 @pytest.mark.parametrize("unscale_first", [False, True])
@@ -376,9 +370,6 @@ def test_a_skipped_first_step_leaves_the_momentum_unstarted():
     p.grad = torch.ones(2)
     opt.step()
     assert opt.state[p]["momentum_buffer"].tolist() == [1.0, 1.0]  # g, not (1 − τ)g
-
-
-# ── Synaptic intelligence ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(("mode", "wanted"), [(True, 6.0), (False, None), ("regularized", 10.0)])
@@ -465,6 +456,19 @@ def test_path_integral_start_steps_reset_and_importance():
     assert opt.path_integral_steps == 1
 
 
+def test_steps_are_counted_where_gradients_come_and_go():
+    model = Net()
+    opt = fastewc.optim.SGD(model.named_parameters(), lr=0.1, path_integral=True)
+    for step in range(5):
+        model.a.grad = torch.ones_like(model.a) if step % 2 else None
+        model.b.grad = None if step % 2 else torch.ones_like(model.b)
+        opt.step()
+        assert opt.path_integral_steps == step + 1
+    opt.zero_grad()
+    opt.step()  # nothing to track
+    assert opt.path_integral_steps == 5
+
+
 def test_names_come_from_ewc_else_named_parameters():
     model = Net()
     opt = fastewc.optim.SGD(model.named_parameters(), lr=0.1, path_integral=True)
@@ -472,9 +476,6 @@ def test_names_come_from_ewc_else_named_parameters():
     renamed = [(f"other.{n}", p) for n, p in model.named_parameters()]
     opt = fastewc.optim.SGD(renamed, lr=0.1, path_integral=True, ewc=EWC(model, ewc_lambda=1.0))
     assert list(opt.path_integrals()) == ["a", "b", "head"]
-
-
-# ── State ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def assert_equal_trees(a: Any, b: Any) -> None:
@@ -611,7 +612,7 @@ def test_a_constructor_that_fails_takes_nothing_over():
     old = fastewc.optim.SGD(model.parameters(), lr=0.1, ewc=ewc)
     with pytest.raises(ValueError, match="max_grad_norm"):
         fastewc.optim.SGD(model.parameters(), lr=0.1, ewc=ewc, max_grad_norm=-1.0)
-    with pytest.raises(TypeError, match="ewc must be a fastewc.EWC, got Importance"):
+    with pytest.raises(TypeError, match=r"ewc must be a fastewc\.EWC, got Importance"):
         fastewc.optim.SGD(model.parameters(), lr=0.1, ewc=importances(model))
     old.step()
 

@@ -23,7 +23,7 @@ class Case:
 
     shapes: tuple[tuple[int, ...], ...]
     variant: str
-    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    dtypes = (torch.float32, torch.float64, torch.bfloat16)  # the plain gradient reaches 1e6: float16 ends at 65504
 
     @property
     def id(self) -> str:
@@ -54,9 +54,11 @@ class Case:
 
     def oracle(self, dtype: torch.dtype) -> list[Tensor]:
         """The float64 reference on the inputs already rounded to ``dtype``."""
-        triples = [tuple(t.double() for t in triple) for triple in zip(*self.make_inputs(dtype), strict=True)]
-        values = [reference.penalty(*triple, LAMBDA, LR, self.variant) for triple in triples]
-        grads = [reference.penalty_grad(*triple, LAMBDA, LR, self.variant) for triple in triples]
+        params, importances, anchors = ([t.double() for t in tensors] for tensors in self.make_inputs(dtype))
+        values, grads = [], []
+        for w, importance, anchor in zip(params, importances, anchors, strict=True):
+            values.append(reference.penalty(w, importance, anchor, LAMBDA, LR, self.variant))
+            grads.append(reference.penalty_grad(w, importance, anchor, LAMBDA, LR, self.variant))
         return [torch.stack(values).sum(), *grads]
 
     def error_scale(self, dtype: torch.dtype) -> list[Tensor]:

@@ -24,8 +24,8 @@ class Case:
 
     N: int
     T: int | None
-    I: int  # noqa: E741
-    O: int  # noqa: E741
+    I: int
+    O: int
     p: Literal[1, 2]
     spread: str = "normal"
     dtypes = DTYPES
@@ -78,6 +78,6 @@ _SIZES: tuple[tuple[int, int | None, int, int], ...] = (
 )  # fmt: skip
 
 CASES: list[Case] = [
-    *(Case(*size, p) for size in _SIZES for p in (1, 2)),
-    *(Case(*size, p, "decades") for size in ((17, None, 33, 5), (3, 17, 5, 33)) for p in (1, 2)),
+    *(Case(*size, p=p) for size in _SIZES for p in (1, 2)),
+    *(Case(*size, p=p, spread="decades") for size in (_SIZES[1], _SIZES[7]) for p in (1, 2)),
 ]
