@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastewc import _state
-from fastewc._names import matches, model_parameters, refuse_dtensor, trainable_parameters
+from fastewc._names import matches, model_parameters, refuse_dtensor, refuse_fsdp1, trainable_parameters
 from fastewc._owners import parameter_ids
 from fastewc.attach import learning_rates, unwrap_optimizer
 
@@ -21,12 +21,13 @@ def protectable(model: nn.Module, exclude: tuple[str, ...]) -> dict[str, nn.Para
     Raises:
         TypeError: model is no torch.nn.Module.
         ValueError: there is none.
-        NotImplementedError: DTensor parameters.
+        NotImplementedError: DTensor parameters, FullyShardedDataParallel.
     """
     named = {name: p for name, p in trainable_parameters(model).items() if not matches(name, exclude)}
     if not named:
         raise ValueError("the model has no parameter to protect: none requires a gradient, or exclude names them all")
     refuse_dtensor(named, "EWC")
+    refuse_fsdp1(model, "EWC")
     return named
 
 

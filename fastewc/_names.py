@@ -27,10 +27,6 @@ _WRAPPERS = {
         "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
         "OffloadWrapper",
     ): "_checkpoint_wrapped_module",
-    (
-        "torch.distributed.fsdp.fully_sharded_data_parallel",
-        "FullyShardedDataParallel",
-    ): "_fsdp_wrapped_module",
     ("torch.optim.swa_utils", "AveragedModel"): "module",
 }
 
@@ -119,6 +115,12 @@ def is_dtensor(tensor: Tensor) -> bool:
     return any(
         cls.__name__ == "DTensor" and cls.__module__.startswith("torch.distributed") for cls in type(tensor).__mro__
     )
+
+
+def refuse_fsdp1(model: nn.Module, what: str) -> None:
+    """FullyShardedDataParallel flattens parameters into shards that no name fits: NotImplementedError."""
+    if any(cls.__name__ == "FullyShardedDataParallel" for module in model.modules() for cls in type(module).__mro__):
+        raise NotImplementedError(f"{what}: FullyShardedDataParallel is not supported; use DistributedDataParallel")
 
 
 def refuse_dtensor(named: Mapping[str, Tensor], what: str) -> None:

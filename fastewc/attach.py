@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastewc.ops.ewc_penalty import ewc_penalty_grad
+from fastewc.ops.ewc_penalty import ewc_held_back, ewc_penalty_grad
 
 if TYPE_CHECKING:
     from fastewc.ewc import EWC
@@ -270,10 +270,9 @@ class _Penalty:
             held = self.ewc.held(p)
             assert held is not None
             omega, star = held
-            stiff = omega * self.ewc.ewc_lambda * lr
-            target = star if old is None else old  # E3 moves w′ towards w*, E4 back towards the old weight
             w = p.detach().to(omega.dtype)
-            moved = w - stiff / (1 + stiff) * (w - target.to(omega.dtype))
+            target = star if old is None else old  # E3 moves w′ towards w*, E4 back towards the old weight
+            moved = ewc_held_back(w, target, omega, ewc_lambda=self.ewc.ewc_lambda, lr=lr)
             skip = skipped(optimizer, p)
             p.copy_(moved if skip is None else torch.where(skip, w, moved))
         self._old = []

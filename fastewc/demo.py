@@ -236,9 +236,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         for k, curve in enumerate(r.curves):
             colour = COLOURS[k % len(COLOURS)]
             epoch = range(k * epochs + 1, count * epochs + 1)
-            panel.plot(
-                epoch, [100 * a for a in curve[k * epochs :]], color=colour, lw=1.8, label=f"task {k + 1}"
-            )
+            panel.plot(epoch, [100 * a for a in curve[k * epochs :]], color=colour, lw=1.8, label=f"task {k + 1}")
             panel.axvspan(k * epochs, (k + 1) * epochs, color=colour, alpha=0.08, lw=0)
         panel.set_title(r.method.name, loc="left", fontsize=11, fontweight="bold")
         panel.set_title(f"mean {100 * r.mean:.1f} %", loc="right", fontsize=10, color="#555555")
@@ -265,20 +263,12 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demo: train, print the table, write the picture. Returns 0."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastewc demo", description="forgetting, and what holds it off"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the split, the shuffles and the weights (default 0)"
-    )
+    parser = argparse.ArgumentParser(prog="python -m fastewc demo", description="forgetting, and what holds it off")
+    parser.add_argument("--seed", type=int, default=0, help="of the split, the shuffles and the weights (default 0)")
     parser.add_argument("--tasks", type=int, help="tasks in a row (default 5)")
     parser.add_argument("--epochs", type=int, help="epochs per task (default 8)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("fastewc_demo.png"), help="the picture (default %(default)s)"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="two tasks of two epochs: too short to forget much"
-    )
+    parser.add_argument("--out", type=Path, default=Path("fastewc_demo.png"), help="the picture (default %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="two tasks of two epochs: too short to forget much")
     args = parser.parse_args(argv)
     tasks = args.tasks if args.tasks is not None else 2 if args.quick else 5
     epochs = args.epochs if args.epochs is not None else 2 if args.quick else 8

@@ -27,9 +27,7 @@ def rows_of(printed: str, tasks: int) -> dict[str, list[float]]:
     return rows
 
 
-def test_main_draws_a_picture_and_prints_a_consistent_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_main_draws_a_picture_and_prints_a_consistent_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo.png"
     random_state = torch.get_rng_state()
     assert demo.main(["--quick", "--seed", "3", "--out", str(out)]) == 0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from fastewc._names import refuse_dtensor
+from fastewc._names import refuse_dtensor, refuse_fsdp1
 
 
 def check_model(module: nn.Module, parameters: Mapping[str, nn.Parameter], *, allow_dropout: bool, what: str) -> None:
@@ -22,9 +22,7 @@ def check_model(module: nn.Module, parameters: Mapping[str, nn.Parameter], *, al
         ValueError: no trainable parameter, batch statistics in BatchNorm, active dropout, uninitialised parameters.
         NotImplementedError: DTensor, FullyShardedDataParallel or complex parameters.
     """
-    for child in module.modules():
-        if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(child).__mro__):
-            raise NotImplementedError(f"{what}: FullyShardedDataParallel is not supported; use DistributedDataParallel")
+    refuse_fsdp1(module, what)
     if not parameters:
         raise ValueError(f"{what}: the model has no parameter that requires a gradient and is not excluded")
     refuse_dtensor(parameters, what)

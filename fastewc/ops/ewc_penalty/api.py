@@ -70,6 +70,21 @@ def ewc_penalty_grad(
     return reference.penalty_grad(param.detach(), importance, anchor, ewc_lambda, lr, variant)
 
 
+def ewc_held_back(
+    updated: Tensor, target: Tensor, importance: Tensor, *, ewc_lambda: float, lr: float | Tensor, impl: str = "auto"
+) -> Tensor:
+    """The weight after E3 or E4: ``updated`` moved towards ``target`` by αλΩ/(1 + αλΩ) of the way.
+
+    E3 (proximal): target = w*. E4 (WVA, Kutalev 2020): target = the weight before the step. All tensors have one shape
+    and device; the result has the dtype of ``updated``. Errors as in :func:`ewc_penalty`.
+    """
+    _check([updated], [importance], [target], [lr], "stabilized")
+    choose("ewc_penalty", impl, updated.device)
+    from fastewc.ops.ewc_penalty import reference
+
+    return reference.held_back(updated, target, importance, ewc_lambda, lr)
+
+
 def ewc_stats(
     params: Sequence[Tensor],
     importances: Sequence[Tensor],

@@ -47,9 +47,7 @@ class Case:
         params, importances, anchors = self.make_inputs(dtype, device)
         params = [w.requires_grad_() for w in params]
         lrs = [LR] * len(params)
-        value = ewc_penalty(
-            params, importances, anchors, ewc_lambda=LAMBDA, lrs=lrs, variant=self.variant, impl=impl
-        )
+        value = ewc_penalty(params, importances, anchors, ewc_lambda=LAMBDA, lrs=lrs, variant=self.variant, impl=impl)
         return [value.detach(), *torch.autograd.grad(value, params)]
 
     def oracle(self, dtype: torch.dtype) -> list[Tensor]:

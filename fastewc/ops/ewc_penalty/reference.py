@@ -10,13 +10,31 @@ def stiffness(importance: Tensor, ewc_lambda: float | Tensor, lr: float | Tensor
     """c: the penalty pulls a weight by c·(w − w*).
 
     E1 (plain, Kirkpatrick et al. 2017, eq. 3):       c = λΩ
-    E2 (stabilised, Kutalev & Lapina 2021):          c = λΩ / (1 + αλΩ), so that α·c < 1 for every Ω
+    E2 (stabilised, Kutalev & Lapina 2021):           c = λΩ / (1 + αλΩ), so that α·c < 1 for every Ω
+
+    E2 is formed as 1/(1/(λΩ) + α), which is 0 at Ω = 0 and 1/α where λΩ overflows, and makes one new tensor: a fresh
+    megabyte costs as much as the arithmetic.
     """
     stiff = importance * ewc_lambda
     if variant == "plain":
         return stiff
     assert lr is not None
-    return stiff.div_((stiff * lr).add_(1))  # in place: a fresh megabyte costs as much as the arithmetic
+    return stiff.reciprocal_().add_(lr).reciprocal_()
+
+
+def held_back(
+    w_new: Tensor, target: Tensor, importance: Tensor, ewc_lambda: float | Tensor, lr: float | Tensor
+) -> Tensor:
+    """w⁺ from w′, with s = αλΩ and k = s/(1 + s); the target is w* for E3 and the weight before the step for E4.
+
+    E3 (proximal):          w⁺ = (w′ + s·w*)/(1 + s)      = w′ + k(w* − w′)
+    E4 (WVA, Kutalev 2020): w⁺ = w + (w′ − w)/(1 + s)     = w′ + k(w − w′)
+
+    As interpolations they leave w′ exactly as it is where s = 0 and lose nothing where s is huge; k is formed as
+    1/(1 + 1/s), so that an s that overflows gives 1.
+    """
+    k = (importance * ewc_lambda * lr).reciprocal_().add_(1).reciprocal_()
+    return torch.lerp(w_new, target.to(w_new.dtype), k)
 
 
 def penalty(

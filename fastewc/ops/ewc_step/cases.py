@@ -36,6 +36,7 @@ class Case:
     grad_scale: float | None = None
     first: bool = False
     roundings: float = 16.0
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
     def inputs(self, dtype: torch.dtype) -> StepTensors:
         """Seeded inputs: moments, weights and gradients are rounded to ``dtype``; Ω spans twelve decades."""

@@ -73,20 +73,13 @@ def clipped_sum(g_task: Tensor, pull: Tensor | None, clip_coef: Tensor | None, *
 
 
 def held_back(rule: StepRule, tensors: StepTensors, i: int, w: Tensor, w_new: Tensor) -> Tensor:
-    """w⁺ from w′, with s = αλΩ and k = s/(1 + s).
-
-    E3 (proximal): w⁺ = (w′ + s·w*)/(1 + s) = w′ + k(w* − w′)
-    E4 (WVA):      w⁺ = w + (w′ − w)/(1 + s) = w′ + k(w − w′)
-
-    Written as interpolations they leave w′ exactly as it is where s = 0 and lose nothing where s is huge; k
-    is formed as 1/(1 + 1/s) so that an s that overflows gives 1.
-    """
+    """w⁺ from w′: E3 moves it towards w*, E4 back towards w; the other variants have acted on the gradient."""
     importance, anchor = _held(tensors, i)
     if importance is None or anchor is None or rule.variant not in ("proximal", "wva"):
         return w_new
-    s = importance.to(w.dtype) * _factor(rule.ewc_lambda, w) * _factor(rule.lr, w)
-    k = (s.reciprocal() + 1).reciprocal()
-    return torch.lerp(w_new, anchor.to(w.dtype) if rule.variant == "proximal" else w, k)
+    target = anchor if rule.variant == "proximal" else w
+    ewc_lambda, lr = _factor(rule.ewc_lambda, w), _factor(rule.lr, w)
+    return penalty.held_back(w_new, target, importance.to(w.dtype), ewc_lambda, lr)
 
 
 def sgd_update(rule: StepRule, tensors: StepTensors, i: int, w: Tensor, g: Tensor) -> Tensor:
