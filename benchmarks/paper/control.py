@@ -1,0 +1,76 @@
+"""The same protocol once more with torch alone: nothing of fastewc, nothing of ``protocol.py``.
+
+    python -m benchmarks.paper.control --data-root PATH [--ewc-lambda 82 [--stabilized]] [--runs 3]
+
+Where a row of ``permuted_mnist`` misses the paper's number, this decides whether our code differs from the protocol:
+the penalty is an autograd term of the loss, the Fisher a loop over single samples, the data comes from a shuffling
+DataLoader, and one Adam lives through all runs, as in the published script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.paper.mnist_tasks import PERMUTATION_SEED, load_mnist, pixel_orders
+
+LR, BATCH, EPOCHS, TASKS, LAST = 1e-3, 100, 6, 10, 5_000
+
+
+def fisher(net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """The mean over samples of the squared gradient of log p(y|x), one sample at a time."""
+    total = [torch.zeros_like(p) for p in net.parameters()]
+    for image, label in zip(x, y, strict=True):
+        log_p = nn.functional.log_softmax(net(image[None]), dim=1)[0, label]
+        for t, g in zip(total, torch.autograd.grad(log_p, list(net.parameters())), strict=True):
+            t += g**2
+    return [t / len(x) for t in total]
+
+
+def main() -> None:
+    """Run and print one JSON line per run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", required=True)
+    parser.add_argument("--ewc-lambda", type=float, default=0.0, help="0 is no protection")
+    parser.add_argument("--stabilized", action="store_true")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--permutations", type=int, default=PERMUTATION_SEED)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    data = load_mnist(args.data_root)
+    orders = pixel_orders(TASKS, data.train_x.shape[1], args.permutations)
+    torch.manual_seed(1234)
+    layers = [nn.Linear(784, 300), nn.LeakyReLU(), nn.Linear(300, 150), nn.LeakyReLU(), nn.Linear(150, 10)]
+    net = nn.Sequential(*layers)
+    adam = torch.optim.Adam(net.parameters(), lr=LR)
+    for run in range(args.runs):
+        for layer in layers[::2]:
+            layer.reset_parameters()
+        omega, star = [torch.zeros_like(p) for p in net.parameters()], None
+        for task, order in enumerate(orders):
+            x = data.train_x[:, order]
+            strength = [args.ewc_lambda * o / (1 + LR * args.ewc_lambda * o if args.stabilized else 1) for o in omega]
+            for _ in range(EPOCHS):
+                for image, label in DataLoader(TensorDataset(x, data.train_y), BATCH, shuffle=True):
+                    loss = nn.functional.cross_entropy(net(image), label)
+                    if star is not None and args.ewc_lambda:
+                        for p, s, old in zip(net.parameters(), strength, star, strict=True):
+                            loss = loss + 0.5 * (s * (p - old) ** 2).sum()
+                    adam.zero_grad()
+                    loss.backward()
+                    adam.step()
+            if args.ewc_lambda and task < TASKS - 1:
+                omega = [o + f for o, f in zip(omega, fisher(net, x[-LAST:], data.train_y[-LAST:]), strict=True)]
+                star = [p.detach().clone() for p in net.parameters()]
+        with torch.no_grad():
+            hits = [(net(data.test_x[:, order]).argmax(1) == data.test_y).double().mean().item() for order in orders]
+        print(json.dumps({**vars(args), "run": run, "accuracy": sum(hits) / len(hits)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
