@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 
 from fastewc import _state
 from fastewc._names import matches, model_parameters, refuse_dtensor, refuse_fsdp1, trainable_parameters
-from fastewc._owners import parameter_ids
-from fastewc.attach import learning_rates, unwrap_optimizer
+from fastewc._optimizers import learning_rates, parameter_ids, unwrap_optimizer
 
 
 def protectable(model: nn.Module, exclude: tuple[str, ...]) -> dict[str, nn.Parameter]:

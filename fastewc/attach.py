@@ -11,30 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastewc._optimizers import unwrap_optimizer
 from fastewc.ops.ewc_penalty import ewc_held_back, ewc_penalty_grad
 
 if TYPE_CHECKING:
     from fastewc.ewc import EWC
-
-
-def unwrap_optimizer(optimizer: Any) -> Optimizer | None:
-    """The torch optimizer inside Accelerate's and Lightning's wrappers; None if there is none."""
-    while type(optimizer).__module__.split(".")[0] in (
-        "accelerate",
-        "lightning",
-        "pytorch_lightning",
-        "lightning_fabric",
-    ):
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None:
-            break
-        optimizer = inner
-    return optimizer if isinstance(optimizer, Optimizer) else None
-
-
-def learning_rates(optimizer: Optimizer) -> dict[int, float | Tensor]:
-    """α by id of the parameter: its group's live learning rate."""
-    return {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
 
 
 def attach(ewc: EWC, optimizer: Any) -> AttachHandle:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from fastewc import _state, files
 from fastewc._binding import Binding
 from fastewc._names import Exclude, as_patterns, model_parameters, op_dtype, require_matches, trainable_parameters
-from fastewc._owners import Owners
+from fastewc._optimizers import Owners
 from fastewc._state import Changes, Importances, Options
 from fastewc.attach import AttachHandle, attach
 from fastewc.importance.base import Importance

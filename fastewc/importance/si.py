@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from fastewc import _state
 from fastewc._names import op_dtype, trainable_parameters
-from fastewc.attach import StepHooks, grad_sign, skipped, unwrap_optimizer, with_grad
+from fastewc._optimizers import unwrap_optimizer
+from fastewc.attach import StepHooks, grad_sign, skipped, with_grad
 from fastewc.importance.base import Importance
 from fastewc.ops.ewc_penalty import ewc_penalty_grad
 

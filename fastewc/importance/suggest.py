@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastewc import _state
-from fastewc.attach import unwrap_optimizer
+from fastewc._optimizers import unwrap_optimizer
 
 OPTIMIZERS = ("sgd", "momentum", "adam")
 

@@ -1,5 +1,6 @@
 """One optimizer step with the penalty of elastic weight consolidation inside: SGD, Adam and AdamW."""
 
-from fastewc.ops.ewc_step.api import StepRule, StepTensors, clip_coefficient, ewc_step, gradient_norm
+from fastewc.ops.ewc_step.api import clip_coefficient, ewc_step, gradient_norm
+from fastewc.ops.ewc_step.rule import StepRule, StepTensors
 
 __all__ = ["StepRule", "StepTensors", "clip_coefficient", "ewc_step", "gradient_norm"]

@@ -3,75 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastewc import _dispatch
-
-Variant = Literal["plain", "stabilized", "proximal", "wva"]
-
-
-@dataclass(frozen=True)
-class StepRule:
-    """How to step: what all tensors of one call have in common. Names and meanings are those of torch.optim.
-
-    ``lr`` is α, in the penalties too. ``betas``, ``eps``, ``amsgrad``, ``decoupled_weight_decay`` belong to
-    Adam, and ``momentum``, ``dampening``, ``nesterov`` to SGD. Tensors among them have one element and may
-    live on any device.
-
-    Attributes:
-        variant: "plain" (E1), "stabilized" (E2), "proximal" (E3) or "wva" (E4); see :func:`ewc_step`.
-        ewc_lambda: λ ≥ 0.
-        clip_penalty: the clip coefficient scales the sum of task gradient and penalty, not the task gradient
-            alone.
-        regularized_path: the path integral uses task gradient + penalty, not the task gradient alone.
-    """
-
-    kind: Literal["sgd", "adam"]
-    lr: float | Tensor
-    weight_decay: float | Tensor = 0.0
-    maximize: bool = False
-    momentum: float = 0.0
-    dampening: float = 0.0
-    nesterov: bool = False
-    betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999)
-    eps: float = 1e-8
-    amsgrad: bool = False
-    decoupled_weight_decay: bool = False
-    variant: Variant = "stabilized"
-    ewc_lambda: float | Tensor = 0.0
-    clip_penalty: bool = False
-    regularized_path: bool = False
-
-
-@dataclass(frozen=True)
-class StepTensors:
-    """What to step: parallel lists, entry i of each belongs to ``params[i]`` and has its shape; one device.
-
-    A list that the rule does not use stays empty. Moments have the parameter's dtype, path integrals float32
-    (float64 for float64 parameters), steps are 0-dim floats, on the CPU or on the device of the parameter.
-
-    Attributes:
-        momentum_buffers: None before the first step with momentum; :func:`ewc_step` puts the new buffer in
-            its place.
-        importances: Ω, or None where the parameter is unprotected.
-        anchors: w*, None where Ω is.
-        path_integrals: ω of synaptic intelligence, or None where it is not tracked.
-    """
-
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    momentum_buffers: list[Tensor | None] = field(default_factory=list)
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    max_exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)
-    importances: list[Tensor | None] = field(default_factory=list)
-    anchors: list[Tensor | None] = field(default_factory=list)
-    path_integrals: list[Tensor | None] = field(default_factory=list)
+from fastewc.ops.ewc_step.rule import StepRule, StepTensors
 
 
 def ewc_step(

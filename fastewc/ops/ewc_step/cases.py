@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastewc import _dispatch
-from fastewc.ops.ewc_step.api import StepRule, StepTensors, ewc_step
+from fastewc.ops.ewc_step.api import ewc_step
+from fastewc.ops.ewc_step.rule import StepRule, StepTensors
 
 # 0-dim, empty, one, odd, larger than a block, and two layouts that are not contiguous.
 _SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (17,), (33, 130), (4, 6, 5, 3), (9, 14))

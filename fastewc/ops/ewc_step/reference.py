@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastewc._names import op_dtype
 from fastewc.ops.ewc_penalty import reference as penalty
-from fastewc.ops.ewc_step.api import StepRule, StepTensors
+from fastewc.ops.ewc_step.rule import StepRule, StepTensors
 
 Scalar = float | Tensor
 

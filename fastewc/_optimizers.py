@@ -1,12 +1,34 @@
-"""Which optimizers apply an EWC by themselves, so that its penalty is never applied twice, nor dropped unnoticed."""
+"""What we ask of a torch optimizer, and which optimizers apply an EWC by themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 from weakref import ReferenceType, ref
 
+from torch import Tensor
 from torch.optim import Optimizer
+
+
+def unwrap_optimizer(optimizer: Any) -> Optimizer | None:
+    """The torch optimizer inside Accelerate's and Lightning's wrappers; None if there is none."""
+    while type(optimizer).__module__.split(".")[0] in (
+        "accelerate",
+        "lightning",
+        "pytorch_lightning",
+        "lightning_fabric",
+    ):
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None:
+            break
+        optimizer = inner
+    return optimizer if isinstance(optimizer, Optimizer) else None
+
+
+def learning_rates(optimizer: Optimizer) -> dict[int, float | Tensor]:
+    """α by id of the parameter: its group's live learning rate."""
+    return {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
 
 
 def parameter_ids(optimizer: Optimizer) -> set[int]:
@@ -22,7 +44,10 @@ class _Owner:
 
 
 class Owners:
-    """The optimizers that apply one EWC. Held weakly: an optimizer that is thrown away no longer counts."""
+    """The optimizers that apply one EWC, so that its penalty is never applied twice, nor dropped unnoticed.
+
+    They are held weakly: an optimizer that is thrown away no longer counts.
+    """
 
     def __init__(self) -> None:
         self._owners: list[_Owner] = []
