@@ -95,14 +95,13 @@ class Binding:
         return lambda name: by_id[id(self.parameters[name])]
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Raise ValueError if an optimizer steps nothing protected; warn, once each, of what it steps unprotected."""
-        if not parameter_ids(optimizer) & self.name_by_id.keys():
-            raise ValueError(
-                "the optimizer holds no parameter that this ewc protects: was it built from another model, or before "
-                "the "
-                "model was replaced or sharded? Build it from ewc.model's parameters, or call ewc.rebind(model)."
-            )
+        """Raise ValueError for an optimizer of another model; warn, once each, of what it steps unprotected."""
         names = {id(p): name for name, p in model_parameters(self.model).items()}
+        if not parameter_ids(optimizer) & names.keys():
+            raise ValueError(
+                "the optimizer holds no parameter of this ewc's model: was it built from another model, or before "
+                "the model was replaced or sharded? Build it from ewc.model's parameters, or call ewc.rebind(model)."
+            )
         unknown = []
         for g, group in enumerate(optimizer.param_groups):
             for i, p in enumerate(group["params"]):

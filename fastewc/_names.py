@@ -129,8 +129,7 @@ def refuse_dtensor(named: Mapping[str, Tensor], what: str) -> None:
         if is_dtensor(tensor):
             raise NotImplementedError(
                 f"{what}: parameter {name!r} is a DTensor (FSDP2 or tensor parallel); DTensor support is not "
-                f"implemented "
-                "yet. Use DistributedDataParallel or an unsharded model."
+                "implemented yet. Use DistributedDataParallel or an unsharded model."
             )
 
 

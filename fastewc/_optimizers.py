@@ -75,11 +75,11 @@ class Owners:
         """Take an optimizer off the list, and all that no longer exist."""
         self._owners = [o for o in self._owners if o.optimizer() not in (None, optimizer)]
 
-    def supersede_strangers(self, protected: Collection[int]) -> None:
-        """Supersede optimizers that hold no protected parameter any more: they step a former model."""
+    def supersede_strangers(self, model: Collection[int]) -> None:
+        """Supersede optimizers that hold none of the model's parameters (ids): they step a former model."""
         for owner in self._owners:
             optimizer = owner.optimizer()
-            if optimizer is not None and not parameter_ids(optimizer) & set(protected):
+            if optimizer is not None and not parameter_ids(optimizer) & set(model):
                 owner.superseded = True
 
     def check(self, optimizer: Optimizer) -> None:
@@ -87,6 +87,6 @@ class Owners:
         if any(o.superseded and o.optimizer() is optimizer for o in self._owners):
             raise RuntimeError(
                 f"this {type(optimizer).__name__} no longer applies its ewc: a newer optimizer over the same "
-                f"parameters took over, or "
-                "ewc was rebound to another model. Step the newer one, or build a new optimizer."
+                "parameters took over, or ewc was rebound to another model. Step the newer one, or build a new "
+                "optimizer."
             )

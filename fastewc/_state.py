@@ -83,7 +83,7 @@ class Options:
         if self.anchor_dtype in (torch.bfloat16, torch.float16):
             raise NotImplementedError(
                 f"anchor_dtype={self.anchor_dtype} storage is not implemented yet; use None (the parameter's) or "
-                f"torch.float32"
+                "torch.float32"
             )
         if self.anchor_dtype not in (None, torch.float32, torch.float64):
             raise ValueError(
@@ -96,7 +96,7 @@ class Options:
         if self.anchor == "weighted" and low:
             raise NotImplementedError(
                 f"anchor='weighted' with 16-bit anchors is not implemented yet ({names(low)}); give "
-                f"anchor_dtype=torch.float32"
+                "anchor_dtype=torch.float32"
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -237,8 +237,7 @@ def checked_importance(
         frozen = [n for n in unknown if n in present]
         hint = (
             f" ({names(frozen)} do not require a gradient: ewc protects trainable parameters only, on a PEFT model "
-            f"the adapters; "
-            "protecting frozen base weights through LoRA is not available yet)"
+            "the adapters; protecting frozen base weights through LoRA is not available yet)"
             if frozen
             else ""
         )
@@ -323,7 +322,7 @@ def fit(
         if omega.ndim != p.ndim or any(old > new for old, new in zip(omega.shape, p.shape, strict=True)):
             raise ValueError(
                 f"{name!r} has shape {tuple(p.shape)} now and was {tuple(omega.shape)}: a parameter may grow, never "
-                f"shrink"
+                "shrink"
             )
         if omega.shape != p.shape:
             changes.grown.append(name)

@@ -45,14 +45,12 @@ def attach(ewc: EWC, optimizer: Any) -> AttachHandle:
     if isinstance(inner, torch.optim.LBFGS):
         raise NotImplementedError(
             "LBFGS evaluates the loss many times inside one step, so a hook on the step is wrong for it: add "
-            "ewc.penalty(lr=…) to the "
-            "loss in its closure"
+            "ewc.penalty(lr=…) to the loss in its closure"
         )
     if ewc.applied_by(inner) is not None:
         raise ValueError(
             f"this {type(inner).__name__} applies this ewc already ({ewc.applied_by(inner)}): twice would count "
-            f"twice. Call remove() on "
-            "the handle of the first attach(), or build a new optimizer."
+            "twice. Call remove() on the handle of the first attach(), or build a new optimizer."
         )
     ewc.adopt(inner, how="attached")
     return AttachHandle(ewc, inner)
@@ -207,7 +205,7 @@ class _Penalty:
             if p.grad is not None and p.grad.layout != torch.strided and self.ewc.held(p) is not None:
                 raise NotImplementedError(
                     f"{self.ewc.name_of(p)!r} has a sparse gradient; attach() needs dense ones (sparse=False), or "
-                    f"exclude it"
+                    "exclude it"
                 )
 
     def before(self, optimizer: Optimizer) -> None:

@@ -214,8 +214,8 @@ def format_table(results: Sequence[Result]) -> str:
             cost += f"{1e3 * seconds:>11.1f} ms{seconds / base_epoch:>7.2f}×"
         lines.append(f"{r.method.name:<16}{accuracies}{cost}")
     lines.append(
-        f"accuracies in %; step: × the unprotected {1e6 * base_step:.0f} µs; "
-        f"importance, once a task: × an unprotected epoch of {1e3 * base_epoch:.0f} ms"
+        f"accuracies in %; step: × the unprotected {1e6 * base_step:.0f} µs; importance, once a task: × an "
+        f"unprotected epoch of {1e3 * base_epoch:.0f} ms"
     )
     return "\n".join(lines)
 

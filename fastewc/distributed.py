@@ -75,8 +75,7 @@ class Ranks:
         if largest != -negated_smallest:
             raise RuntimeError(
                 "the ranks do not run the same importance pass: model, trainable parameters, exclude, method and "
-                "labels "
-                "must agree on all of them"
+                "labels must agree on all of them"
             )
 
     def sum_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -216,7 +216,7 @@ class EWC:
             self._importance, self._anchor = importance, anchor
         self._binding = binding
         changes.warn()
-        self._owners.supersede_strangers(self._binding.name_by_id)
+        self._owners.supersede_strangers([id(p) for p in model_parameters(self.model).values()])
         return changes
 
     def penalty(self, lr: LearningRate = None) -> Tensor:
@@ -242,14 +242,13 @@ class EWC:
         if self.variant not in ("plain", "stabilized"):
             raise ValueError(
                 f"variant {self.variant!r} acts after the optimizer's step and is no loss term: use fastewc.optim or "
-                f"ewc.attach"
+                "ewc.attach"
             )
         if torch.is_grad_enabled() and self._owners.live():
             how = ", ".join(f"{type(optimizer).__name__} ({how})" for optimizer, how in self._owners.live())
             raise RuntimeError(
                 f"this ewc is already applied by {how}: adding penalty() to the loss would count it twice. Drop one "
-                f"of the two; "
-                "for logging call penalty() under torch.no_grad()."
+                "of the two; for logging call penalty() under torch.no_grad()."
             )
         alpha = self._binding.alpha(lr, needed=self.variant != "plain")
         if self.num_tasks == 0:
@@ -461,8 +460,7 @@ def _warn_of_running_statistics(model: nn.Module) -> None:
     if count:
         warnings.warn(
             f"the model has {count} BatchNorm layers: their running statistics are buffers, which no penalty "
-            f"protects. Freeze them "
-            "(keep those layers in eval mode) or re-estimate them per task where that matters.",
+            "protects. Freeze them (keep those layers in eval mode) or re-estimate them per task where that matters.",
             UserWarning,
             stacklevel=3,
         )

@@ -105,8 +105,8 @@ def _header(path: Path, metadata: Mapping[str, str] | None, kind: str) -> dict[s
         raise ValueError(f"{path}: the fastewc header is damaged: format_version {version!r}")
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {version}, written by fastewc {header.get('library_version')}; this is fastewc "
-            f"{__version__}, which reads up to {FORMAT_VERSION}. Upgrade fastewc."
+            f"{path} has format version {version}, written by fastewc {header.get('library_version')}; this is "
+            f"fastewc {__version__}, which reads up to {FORMAT_VERSION}. Upgrade fastewc."
         )
     if header.get("kind") != kind:
         loaders = {"importance": "fastewc.Importance.load", "ewc": "fastewc.EWC.load"}

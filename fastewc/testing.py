@@ -82,8 +82,8 @@ def assert_within_roundings(
         index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), oracle.shape)) if oracle.ndim else ()
         raise AssertionError(
             f"{context} {int(wrong.sum())} of {oracle.numel()} elements outside the rounding bound; worst at {index}: "
-            f"got {got64.flatten()[worst].item():.9g}, wanted {oracle.flatten()[worst].item():.9g}, "
-            f"error {error.flatten()[worst].item():.3g} is {excess.flatten()[worst].item():.3g} times the bound "
+            f"got {got64.flatten()[worst].item():.9g}, wanted {oracle.flatten()[worst].item():.9g}, error "
+            f"{error.flatten()[worst].item():.3g} is {excess.flatten()[worst].item():.3g} times the bound "
             f"({roundings:.3g} roundings of {u:.3g} on a scale of {scale.flatten()[worst].item():.3g})"
         )
 

@@ -433,7 +433,7 @@ def test_unknown_optimizer_parameters_are_named_once():
         SGD(model.parameters(), lr=0.1, ewc=ewc)
     assert len(caught) == 1
     SGD(model.parameters(), lr=0.1, ewc=ewc)  # once: a second warning would be an error here
-    with pytest.raises(ValueError, match="no parameter that this ewc protects"):
+    with pytest.raises(ValueError, match="no parameter of this ewc's model"):
         SGD(net().parameters(), lr=0.1, ewc=ewc)
 
 
@@ -502,3 +502,16 @@ def test_copies_and_pickles():
         assert other.model is not model
         move(other.model, 3)
         assert other.penalty().item() != ewc.penalty().item()
+
+
+def test_an_optimizer_of_excluded_parameters_only_is_fine():
+    model = net()
+    ewc = EWC(model, ewc_lambda=4.0, exclude="2.*")
+    ewc.consolidate(importance_of(model))
+    opt = SGD(model[2].parameters(), lr=0.1, ewc=ewc)
+    move(model, 1)
+    model(torch.ones(1, 3)).sum().backward()
+    wanted = {n: p.detach().double() - 0.1 * p.grad.double() for n, p in model[2].named_parameters()}
+    opt.step()
+    for name, p in model[2].named_parameters():
+        assert_within_roundings(p, wanted[name], roundings=4, error_scale=wanted[name].abs() + 1)

@@ -239,9 +239,8 @@ class Importance(dict[str, Tensor]):
 
         if dtype is not None and dtype not in STORED_DTYPES:
             raise ValueError(
-                f"dtype must be torch.float32, torch.float64 or torch.bfloat16, got {dtype}: importances span "
-                "twelve decades, "
-                "which float16 and float8 cut to zero or infinity"
+                f"dtype must be torch.float32, torch.float64 or torch.bfloat16, got {dtype}: importances span twelve "
+                "decades, which float16 and float8 cut to zero or infinity"
             )
         words = {} if metadata is None else metadata
         if not isinstance(words, Mapping) or not all(isinstance(w, str) for pair in words.items() for w in pair):

@@ -33,9 +33,8 @@ def check_data(data: object) -> None:
         pair = pair or (same_length and first.shape[1:] != second.shape[1:])
         if isinstance(data, tuple) or pair:
             raise ValueError(
-                "data is a pair of tensors, which reads as one batch (x, y); wanted an iterable of batches. For "
-                "one batch: "
-                "[(x, y)]. For two batches without targets: [(x1,), (x2,)]"
+                "data is a pair of tensors, which reads as one batch (x, y); wanted an iterable of batches. For one "
+                "batch: [(x, y)]. For two batches without targets: [(x1,), (x2,)]"
             )
 
 
@@ -140,9 +139,8 @@ def read_batch(raw: Any, device: torch.device, batch_dim: int, *, custom: bool) 
         )
     if main.ndim <= batch_dim:
         raise ValueError(
-            f"a batch of shape {tuple(main.shape)} has no dimension {batch_dim} that counts samples; data must "
-            "yield batches "
-            "(wrap a dataset of single samples in a DataLoader)"
+            f"a batch of shape {tuple(main.shape)} has no dimension {batch_dim} that counts samples; data must yield "
+            "batches (wrap a dataset of single samples in a DataLoader)"
         )
     batch = Batch(content, int(main.shape[batch_dim]), batch_dim)
     if not custom:
@@ -167,8 +165,7 @@ def _check_form(raw: Any) -> None:
     if len(raw) == 2 and raw[1] is not None and not isinstance(raw[1], Tensor):
         raise TypeError(
             f"y of a batch (x, y) must be a tensor, got {type(raw[1]).__name__}; data must yield batches (wrap a "
-            "dataset of "
-            f"single samples in a DataLoader), otherwise {_USE_FORWARD}"
+            f"dataset of single samples in a DataLoader), otherwise {_USE_FORWARD}"
         )
 
 

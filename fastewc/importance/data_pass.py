@@ -107,8 +107,8 @@ def _run_pass(model: nn.Module, data: Any, options: PassOptions, method: str, ma
         raise ValueError("data has no samples; a generator can be read only once: was it used up before?")
     if detached_ranks and not any(users):
         raise ValueError(
-            "no sample's loss (or output) depends on any trainable parameter: was it detached, computed under no_grad "
-            "or turned into a number?"
+            "no sample's loss (or output) depends on any trainable parameter: was it detached, computed under "
+            "no_grad or turned into a number?"
         )
     for value in measure.sums.values():
         value.div_(total)

@@ -62,9 +62,8 @@ class Evaluated:
         found = logits_or_raw(self.raw)
         if not isinstance(found, Tensor):
             raise TypeError(
-                f"the model returned {type(self.raw).__name__}; wanted a tensor or an object with .logits. "
-                "Otherwise pass "
-                "forward=, a callable(model, batch) that returns (output, target or None)"
+                f"the model returned {type(self.raw).__name__}; wanted a tensor or an object with .logits. Otherwise "
+                "pass forward=, a callable(model, batch) that returns (output, target or None)"
             )
         if not found.is_floating_point():
             raise TypeError(f"the model's output must be a floating-point tensor, got {found.dtype}")

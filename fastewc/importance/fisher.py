@@ -149,8 +149,7 @@ class Fisher(SampleMeasure):
         if target is None:
             raise ValueError(
                 f"labels='dataset' with loss={self._likelihood.name!r} needs targets: give batches (x, y) or a "
-                "mapping with "
-                "labels, or use labels='predicted', 'sampled' or 'expected'"
+                "mapping with labels, or use labels='predicted', 'sampled' or 'expected'"
             )
         self._likelihood.check_target(output, target)
 
@@ -183,8 +182,8 @@ class Fisher(SampleMeasure):
         if rows.numel() > MAX_EXPECTED_PASSES:
             raise ValueError(
                 "labels='expected' takes one backward pass per counted position and class (or output): "
-                f"{rows.numel()} for "
-                f"this sample, more than {MAX_EXPECTED_PASSES}. Use labels='sampled', an unbiased estimate of the same"
+                f"{rows.numel()} for this sample, more than {MAX_EXPECTED_PASSES}. Use labels='sampled', an unbiased "
+                "estimate of the same"
             )
         values, weights = self._likelihood.expected(rows)
         for index, weight in enumerate(weights.flatten().tolist()):
@@ -220,8 +219,8 @@ class CallableFisher(SampleMeasure):
             raise TypeError(f"the callable loss must return a floating-point tensor [N], got {what}")
         if losses.shape != (seen.size,):
             raise ValueError(
-                f"the callable loss must return one loss per sample, shape [{seen.size}], got {list(losses.shape)}. "
-                "A scalar has "
+                f"the callable loss must return one loss per sample, shape [{seen.size}], got {list(losses.shape)}. A "
+                "scalar has "
                 'lost the samples: use reduction="none" and sum each sample over its own positions'
             )
         return losses

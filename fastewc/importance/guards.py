@@ -78,8 +78,8 @@ def refuse_randomness(module: nn.Module, run: Callable[[], None], *, allow: bool
         drew = any(not torch.equal(old, new) for old, new in zip(before, states(), strict=True))
     if drew and not allow:
         raise ValueError(
-            f"{what}: the forward draws random numbers (active dropout, stochastic depth, sampling). Call model.eval() "
-            "first, or pass allow_dropout=True."
+            f"{what}: the forward draws random numbers (active dropout, stochastic depth, sampling). Call "
+            "model.eval() first, or pass allow_dropout=True."
         )
 
 

@@ -60,8 +60,7 @@ class Categorical(Likelihood):
         if output.ndim < 2 or output.shape[-1] < 2:
             raise ValueError(
                 "loss='categorical' wants an output [N, ..., C] of at least 2 classes, got shape "
-                f"{tuple(output.shape)}; "
-                "for one logit per sample use loss='bernoulli'"
+                f"{tuple(output.shape)}; for one logit per sample use loss='bernoulli'"
             )
 
     def check_target(self, output: Tensor, target: Tensor) -> None:
@@ -82,8 +81,8 @@ class Categorical(Likelihood):
         wrong = (target != IGNORED) & ((target < 0) | (target >= classes))
         if bool(wrong.any()):
             raise ValueError(
-                f"target {int(target[wrong][0])} is not a class index of 0 to {classes - 1} (or −100, which does "
-                "not count)"
+                f"target {int(target[wrong][0])} is not a class index of 0 to {classes - 1} (or −100, which does not "
+                "count)"
             )
 
     def negative_log(self, rows: Tensor, target: Tensor) -> Tensor:
@@ -164,8 +163,7 @@ def _same_shape(name: str, output: Tensor, target: Tensor) -> None:
     if target.shape != output.shape:
         raise ValueError(
             f"loss={name!r} wants targets of exactly the output's shape {tuple(output.shape)}, got "
-            f"{tuple(target.shape)}; "
-            "nothing is broadcast (reshape one of them, or do it in forward=)"
+            f"{tuple(target.shape)}; nothing is broadcast (reshape one of them, or do it in forward=)"
         )
     if target.is_complex():
         raise TypeError(f"loss={name!r} wants real targets, got {target.dtype}")

@@ -48,8 +48,8 @@ def check_batch_dimension(seen: Evaluated, output: Tensor) -> None:
     if seen.size not in [output.shape[dim] for dim in (seen.batch_dim, 0) if dim < output.ndim]:
         raise ValueError(
             f"a batch of {seen.size} samples (dimension {seen.batch_dim}) gave an output of shape "
-            f"{tuple(output.shape)}, which "
-            "has no such dimension. Check batch_dim, or pass forward= that returns one output per sample"
+            f"{tuple(output.shape)}, which has no such dimension. Check batch_dim, or pass forward= that returns one "
+            "output per sample"
         )
 
 

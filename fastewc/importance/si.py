@@ -69,8 +69,7 @@ def si_importance(source: PathSource, damping: float = 0.1, *, reset: bool = Tru
     if not all(hasattr(source, name) for name in ("path_integrals", "path_integral_steps", "reset_path_integral")):
         raise TypeError(
             f"{type(source).__name__} keeps no path integral: give a fastewc.optim optimizer made with "
-            f"path_integral=True, or a "
-            "fastewc.PathIntegral around any torch optimizer"
+            "path_integral=True, or a fastewc.PathIntegral around any torch optimizer"
         )
     if not damping > 0:
         raise ValueError(f"damping (ξ) must be > 0, got {damping!r}")

@@ -120,9 +120,8 @@ class Signal:
         same = target.shape == mask.shape and not torch.equal(target, mask)
         if same and getattr(config, "is_encoder_decoder", False):
             raise NotImplementedError(
-                "signal_importance of an encoder-decoder whose source and target have the same length: which of "
-                "the two masks "
-                "belongs to a layer can't be told from shapes. Pad one side by one more position"
+                "signal_importance of an encoder-decoder whose source and target have the same length: which of the "
+                "two masks belongs to a layer can't be told from shapes. Pad one side by one more position"
             )
 
 

@@ -61,8 +61,7 @@ def suggest_lambda(
         if target is None:
             raise NotImplementedError(
                 f"no target has been measured yet for variant={variant!r} with optimizer={family!r}; give target=, "
-                f"the αλΩ wanted at "
-                f"the {quantile} quantile (below 2 for the plain penalty with plain SGD)"
+                f"the αλΩ wanted at the {quantile} quantile (below 2 for the plain penalty with plain SGD)"
             )
     if not (math.isfinite(target) and target > 0):
         raise ValueError(f"target must be finite and > 0, got {target!r}")

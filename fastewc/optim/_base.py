@@ -80,8 +80,8 @@ class ProtectedOptimizer(PathIntegralState):
 
         if self.defaults["differentiable"]:
             raise NotImplementedError(
-                "differentiable=True: autograd through the protected step is not implemented; use the "
-                "torch.optim optimizer with ewc.penalty() in the loss"
+                "differentiable=True: autograd through the protected step is not implemented; use the torch.optim "
+                "optimizer with ewc.penalty() in the loss"
             )
         if ewc is not None and not isinstance(ewc, EWC):
             raise TypeError(f"ewc must be a fastewc.EWC, got {type(ewc).__name__}")
@@ -112,13 +112,13 @@ class ProtectedOptimizer(PathIntegralState):
             asked = [name for name, value in wanted.items() if value is not None]
             if asked and is_dtensor(p):
                 raise NotImplementedError(
-                    f"{type(self).__name__}: {', '.join(asked)} with DTensor parameters (FSDP2 or tensor "
-                    "parallel) is not implemented yet. Use DistributedDataParallel or an unsharded model."
+                    f"{type(self).__name__}: {', '.join(asked)} with DTensor parameters (FSDP2 or tensor parallel) is "
+                    "not implemented yet. Use DistributedDataParallel or an unsharded model."
                 )
         if self.path_integral and self.ewc is None and "param_names" not in group:
             raise ValueError(
-                "path_integral keeps importances by parameter name: give ewc=, or model.named_parameters() "
-                "in place of model.parameters()"
+                "path_integral keeps importances by parameter name: give ewc=, or model.named_parameters() in place "
+                "of model.parameters()"
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -221,18 +221,18 @@ class ProtectedOptimizer(PathIntegralState):
         for group, p in pairs:
             if p.grad.layout != torch.strided:
                 raise NotImplementedError(
-                    f"{name} does not support sparse gradients (layout {p.grad.layout}); use dense ones, "
-                    "e.g. nn.Embedding(sparse=False)"
+                    f"{name} does not support sparse gradients (layout {p.grad.layout}); use dense ones, e.g. "
+                    "nn.Embedding(sparse=False)"
                 )
             if not p.is_floating_point():
                 raise NotImplementedError(
-                    f"{name} steps real floating-point parameters, got {p.dtype}; hold a complex one as two "
-                    "real parameters (torch.view_as_real)"
+                    f"{name} steps real floating-point parameters, got {p.dtype}; hold a complex one as two real "
+                    "parameters (torch.view_as_real)"
                 )
             if p.is_meta and group["fused"]:
                 raise RuntimeError(
-                    "`fused=True` requires all the params to be floating point Tensors of supported devices, "
-                    "this one is on meta; call model.to_empty(device=…) and initialise it first"
+                    "`fused=True` requires all the params to be floating point Tensors of supported devices, this "
+                    "one is on meta; call model.to_empty(device=…) and initialise it first"
                 )
 
     def _choose(self, group: dict[str, Any], device: torch.device) -> _dispatch.Impl:
@@ -300,8 +300,8 @@ class ProtectedOptimizer(PathIntegralState):
         told = ", ".join(str(k) for k in sorted(saved))
         has = "has no ewc" if self.ewc is None else f"has an ewc with {here} consolidated tasks"
         raise ValueError(
-            f"this optimizer state was saved with {told} consolidated tasks, but this optimizer {has}. Make "
-            "it with ewc= the EWC that was saved beside this state, loaded first (EWC.load or "
+            f"this optimizer state was saved with {told} consolidated tasks, but this optimizer {has}. Make it with "
+            "ewc= the EWC that was saved beside this state, loaded first (EWC.load or "
             'ewc.load_state_dict); to go on without those tasks, delete "num_tasks" from the param_groups of '
             "the state."
         )

@@ -88,8 +88,8 @@ class BatchOneSums:
                 leaves[id(leaf)] = leaf
         if any(getattr(leaf, "_post_accumulate_grad_hooks", None) for leaf in leaves.values()):
             raise NotImplementedError(
-                "reentrant activation checkpointing together with post-accumulate-grad hooks (an optimizer that steps "
-                "inside backward?) is not supported: the pass would fire them. Use checkpoint(..., "
+                "reentrant activation checkpointing together with post-accumulate-grad hooks (an optimizer that "
+                "steps inside backward?) is not supported: the pass would fire them. Use checkpoint(..., "
                 "use_reentrant=False)."
             )
         with _empty_gradients(leaves.values()):

@@ -156,8 +156,7 @@ def _check(
     if not len(params) == len(importances) == len(anchors) == len(lrs):
         raise ValueError(
             f"params, importances, anchors and lrs must be equally long, got {len(params)}, {len(importances)}, "
-            f"{len(anchors)} "
-            f"and {len(lrs)}"
+            f"{len(anchors)} and {len(lrs)}"
         )
     if not params:
         raise ValueError("params is empty: there is nothing to penalise")
@@ -165,13 +164,12 @@ def _check(
         if not w.shape == importance.shape == anchor.shape:
             raise ValueError(
                 f"tensor {i}: params {tuple(w.shape)}, importances {tuple(importance.shape)} and anchors "
-                f"{tuple(anchor.shape)} "
-                "must have one shape"
+                f"{tuple(anchor.shape)} must have one shape"
             )
         if not w.device == importance.device == anchor.device:
             raise ValueError(
                 f"tensor {i}: params on {w.device}, importances on {importance.device}, anchors on {anchor.device}; "
-                f"wanted one device"
+                "wanted one device"
             )
         if lr is None and variant != "plain":
             raise ValueError(f"variant {variant!r} needs the learning rate: c = λΩ/(1 + αλΩ)")

@@ -43,8 +43,8 @@ def sum_grad_power(
         raise ValueError(f"a and g must be on one device, got {a.device} and {g.device}")
     if a.ndim not in (2, 3) or g.ndim != a.ndim or a.shape[:-1] != g.shape[:-1]:
         raise ValueError(
-            "wanted a [N, T, I] with g [N, T, O], or a [N, I] with g [N, O]; "
-            f"got a {list(a.shape)} and g {list(g.shape)}"
+            f"wanted a [N, T, I] with g [N, T, O], or a [N, I] with g [N, O]; got a {list(a.shape)} and g "
+            f"{list(g.shape)}"
         )
     if isinstance(p, bool) or p not in (1, 2):
         raise ValueError(f"p must be 1 (MAS) or 2 (Fisher), got {p!r}")
