@@ -82,6 +82,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def as_patterns(exclude: Exclude) -> tuple[str, ...]:
     """``exclude`` as a tuple of fnmatch patterns; one string is one pattern, never a list of characters."""
+    if not isinstance(exclude, (str, Iterable)):
+        raise TypeError(f"exclude must be a pattern or an iterable of patterns, got {type(exclude).__name__}")
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     for pattern in patterns:
         if not isinstance(pattern, str):

@@ -26,9 +26,15 @@ def unwrap_optimizer(optimizer: Any) -> Optimizer | None:
     return optimizer if isinstance(optimizer, Optimizer) else None
 
 
+def learning_rate(group: dict[str, Any]) -> float | Tensor:
+    """α of a param group: a number or a 0-dim tensor (torch accepts any tensor of one element)."""
+    lr: float | Tensor = group["lr"]
+    return lr.detach().reshape(()) if isinstance(lr, Tensor) else lr
+
+
 def learning_rates(optimizer: Optimizer) -> dict[int, float | Tensor]:
     """α by id of the parameter: its group's live learning rate."""
-    return {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    return {id(p): learning_rate(group) for group in optimizer.param_groups for p in group["params"]}
 
 
 def parameter_ids(optimizer: Optimizer) -> set[int]:

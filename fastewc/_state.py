@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -32,8 +33,10 @@ def listing(*kinds: tuple[str, list[str]]) -> str:
     return "; ".join(f"{kind}: {names(found)}" for kind, found in kinds if found)
 
 
-def checked_lambda(value: float) -> float:
-    """λ as a float; ValueError unless it is finite and ≥ 0."""
+def checked_lambda(value: Any) -> float:
+    """λ as a float; TypeError unless it is a number, ValueError unless it is finite and ≥ 0."""
+    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
+        raise TypeError(f"ewc_lambda must be a number, got {type(value).__name__}: {value!r}")
     number = float(value)
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"ewc_lambda must be finite and >= 0, got {value!r}")
@@ -46,7 +49,7 @@ def checked_lr(value: Any) -> float | Tensor:
         if value.numel() != 1:
             raise TypeError(f"lr must be a number or a tensor of one element, got shape {tuple(value.shape)}")
         return value.detach().reshape(())
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"lr must be a float, a tensor or a torch optimizer, got {type(value).__name__}")
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"lr must be finite and >= 0, got {value!r}")
@@ -70,7 +73,7 @@ class Options:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
         if self.anchor not in ANCHORS:
             raise ValueError(f"anchor must be one of {', '.join(ANCHORS)}, got {self.anchor!r}")
-        if not (isinstance(self.gamma, (int, float)) and 0 <= self.gamma <= 1):
+        if isinstance(self.gamma, bool) or not (isinstance(self.gamma, Real) and 0 <= float(self.gamma) <= 1):
             raise ValueError(f"gamma must be in [0, 1], got {self.gamma!r}")
         if self.importance_dtype in (torch.bfloat16, torch.uint8):
             raise NotImplementedError(
@@ -154,22 +157,26 @@ class Importances:
     def from_dict(cls, state: Mapping[str, Any]) -> Importances:
         """The inverse of :meth:`as_dict`; ValueError names a key that is missing."""
         require_keys(state, ("num_tasks", "num_samples", "methods"))
-        return cls(int(state["num_tasks"]), int(state["num_samples"]), [str(m) for m in state["methods"]])
+        counts = [state["num_tasks"], state["num_samples"]]
+        if not all(type(count) is int and count >= 0 for count in counts) or not isinstance(state["methods"], list):
+            raise ValueError(f"damaged state: num_tasks and num_samples must be whole numbers >= 0, got {counts}")
+        return cls(counts[0], counts[1], [str(m) for m in state["methods"]])
 
 
 @dataclass
 class Changes:
-    """What :meth:`fastewc.EWC.rebind` did: names that joined, grew, or were dropped."""
+    """What :meth:`fastewc.EWC.rebind` did: names that joined, grew, were dropped, or whose anchor lost precision."""
 
     added: list[str] = field(default_factory=list)
     grown: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    narrowed: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.added or self.grown or self.dropped)
+        return any(vars(self).values())
 
     def __str__(self) -> str:
-        return listing(("added", self.added), ("grown", self.grown), ("dropped", self.dropped)) or "no change"
+        return listing(*((kind, found) for kind, found in vars(self).items())) or "no change"
 
     def warn(self) -> None:
         """Name what changed, as a UserWarning; nothing if nothing did."""
@@ -205,7 +212,7 @@ def require_finite(named: Mapping[str, Tensor], what: str) -> None:
     for name, value in named.items():
         if not bool(torch.isfinite(value).all()):
             kind = "NaN" if bool(torch.isnan(value).any()) else "infinite"
-            raise ValueError(f"{what} of {name!r} has {kind} values; it must be finite and >= 0")
+            raise ValueError(f"{what} of {name!r} has {kind} values; it must be finite")
 
 
 def check_finite(named: Mapping[str, Tensor], what: str) -> None:
@@ -230,17 +237,22 @@ def checked_importance(
 
     ``present`` are all of the model's parameters, frozen ones too: they only make the error text say more.
     """
+    if not all(isinstance(name, str) for name in importance):
+        raise TypeError("the importance must be keyed by parameter name (str)")
     given = {n: t for n, t in importance.items() if not matches(n, exclude)}
     missing = [n for n in parameters if n not in given]
     unknown = [n for n in given if n not in parameters]
     if unknown or (strict and missing):
-        frozen = [n for n in unknown if n in present]
-        hint = (
-            f" ({names(frozen)} do not require a gradient: ewc protects trainable parameters only, on a PEFT model "
-            "the adapters; protecting frozen base weights through LoRA is not available yet)"
-            if frozen
-            else ""
-        )
+        late = [n for n in unknown if n in present and present[n].requires_grad]
+        frozen = [n for n in (*unknown, *missing) if n in present and not present[n].requires_grad]
+        hint = ""
+        if late:
+            hint += f" ({names(late)} joined the model after the first task: ewc.rebind(strict=False) takes them in)"
+        if frozen:
+            hint += (
+                f" ({names(frozen)} do not require a gradient: ewc protects trainable parameters only, on a PEFT "
+                "model the adapters; protecting frozen base weights through LoRA is not available yet)"
+            )
         raise ValueError(
             "the importance does not fit the model: "
             + listing(("missing", missing if strict else []), ("unknown", unknown))
@@ -257,6 +269,10 @@ def checked_importance(
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"the importance of {name!r} must be a floating-point tensor, got {got}")
+        if value.layout != torch.strided or value.is_meta:
+            raise TypeError(
+                f"the importance of {name!r} must be a dense tensor with values, got {value.layout} on {value.device}"
+            )
         if is_dtensor(value):
             raise NotImplementedError(
                 f"the importance of {name!r} is a DTensor; DTensor support is not implemented yet"
@@ -274,8 +290,7 @@ def fold(held: Held | None, fresh: Tensor, parameter: Tensor, options: Options) 
     """One parameter's (Ω̄, w*) after a task with importance ``fresh`` that ended at the current weights.
 
     Ω̄ ← γΩ̄ + Ω_K. "latest" (E11): w* = w_K. "weighted" (E10): w* ← w* + (Ω_K/Ω̄)(w_K − w*) with the new Ω̄, and w_K
-    where
-    Ω̄ = 0: the centred form, which does not cancel as ΣΩ_k w_k² − … would.
+    where Ω̄ = 0: the centred form, which does not cancel as ΣΩ_k w_k² − … would.
     """
     dtype = options.anchor_dtype or parameter.dtype
     now = parameter.detach()
@@ -306,7 +321,6 @@ def fit(
     new_name = renamer(importance, rename)
     importance, anchor = ({new_name[n]: t for n, t in d.items()} for d in (importance, anchor))
     changes = Changes(dropped=[n for n in importance if n not in named])
-    narrowed: list[str] = []
     out_importance: dict[str, Tensor] = {}
     out_anchor: dict[str, Tensor] = {}
     for name, p in named.items():
@@ -327,21 +341,21 @@ def fit(
         if omega.shape != p.shape:
             changes.grown.append(name)
         if torch.promote_types(star.dtype, dtype) != dtype:
-            narrowed.append(f"{name} ({star.dtype} to {dtype})")
+            changes.narrowed.append(name)
         corner = tuple(slice(0, size) for size in omega.shape)
         out_importance[name][corner] = omega.to(p.device, op_dtype(p))
         out_anchor[name][corner] = star.to(p.device, dtype)
-    if strict and (changes or narrowed):
+    if strict and changes:
         problems = listing(
             ("missing", changes.added),
             ("unknown", changes.dropped),
             ("grown", changes.grown),
-            ("anchors would lose precision", narrowed),
+            ("anchors would lose precision", changes.narrowed),
         )
         raise ValueError(
             f"what is held does not fit the model: {problems}. strict=False takes the model's parameters as they are "
-            f"(new ones join "
-            "with importance 0); rename={old: new} follows renamed ones."
+            f"(new "
+            "ones join with importance 0); rename={old: new} follows renamed ones."
         )
     return out_importance, out_anchor, changes
 

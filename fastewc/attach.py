@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -11,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastewc._optimizers import unwrap_optimizer
+from fastewc._optimizers import learning_rate, unwrap_optimizer
 from fastewc.ops.ewc_penalty import ewc_held_back, ewc_penalty_grad
+from fastewc.optim._base import ProtectedOptimizer
 
 if TYPE_CHECKING:
     from fastewc.ewc import EWC
@@ -37,7 +40,8 @@ def attach(ewc: EWC, optimizer: Any) -> AttachHandle:
     Raises:
         TypeError: not an optimizer.
         NotImplementedError: LBFGS, whose line search evaluates the loss many times a step: add ewc.penalty() to it.
-        ValueError: attached already, or a fastewc optimizer that applies this ewc itself.
+        ValueError: attached already, or a fastewc optimizer that applies this ewc itself, or one with max_grad_norm or
+            path_integral (make it with ewc= instead).
     """
     inner = unwrap_optimizer(optimizer)
     if inner is None:
@@ -51,6 +55,11 @@ def attach(ewc: EWC, optimizer: Any) -> AttachHandle:
         raise ValueError(
             f"this {type(inner).__name__} applies this ewc already ({ewc.applied_by(inner)}): twice would count "
             "twice. Call remove() on the handle of the first attach(), or build a new optimizer."
+        )
+    if isinstance(inner, ProtectedOptimizer) and (inner.max_grad_norm is not None or inner.path_integral):
+        raise ValueError(
+            f"this fastewc.optim.{type(inner).__name__} clips or tracks the task's gradient, which attach() would mix "
+            "with the penalty: make it with ewc= instead"
         )
     ewc.adopt(inner, how="attached")
     return AttachHandle(ewc, inner)
@@ -72,7 +81,7 @@ class AttachHandle:
             return
         hooks = StepHooks.on(optimizer)
         if self._part in hooks.parts:
-            self._part.put_back()
+            self._part.undo()
             hooks.parts.remove(self._part)
             self._ewc.release(optimizer)
         hooks.drop_if_idle()
@@ -98,6 +107,9 @@ class Part(Protocol):
     def after(self, optimizer: Optimizer) -> None:
         """The optimizer has updated the weights, or skipped."""
 
+    def undo(self) -> None:
+        """Give back what ``before`` changed, if no ``after`` came: the step raised, or begins anew inside itself."""
+
 
 _HOOKS: WeakKeyDictionary[Optimizer, StepHooks] = WeakKeyDictionary()
 
@@ -107,12 +119,15 @@ class StepHooks:
     """The one pre- and post-hook of an optimizer. Parts act in a fixed order, whoever was added first.
 
     With a closure, gradients are ready only once the optimizer has called it: the closure is wrapped and the parts act
-    at its end.
+    at its end. An optimizer whose step() calls super().step() runs the hooks twice: the outer call acts. A step that
+    raises has no post-hook: the next one first undoes what it left.
     """
 
     parts: list[Part] = field(default_factory=list)
     _handles: list[Any] = field(default_factory=list)
     _owner: Callable[[], Optimizer | None] = lambda: None
+    _running: FrameType | None = None  # the call of step() that is under way, or that raised
+    _acted: bool = False
 
     @classmethod
     def on(cls, optimizer: Optimizer) -> StepHooks:
@@ -141,10 +156,14 @@ class StepHooks:
     def _pre(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
+        if self._running is not None and _on_stack(self._running):
+            return None
+        self._undo()
         for part in self._ordered():
             part.check(optimizer)
+        self._running, self._acted = sys._getframe(1), False
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer itself
-        if closure is None:
+        if not callable(closure):
             self._before(optimizer)
             return None
 
@@ -157,15 +176,37 @@ class StepHooks:
             return args, {**kwargs, "closure": closure_then_parts}
         return (args[0], closure_then_parts, *args[2:]), kwargs
 
-    @torch.no_grad()
-    def _before(self, optimizer: Optimizer) -> None:
-        for part in self._ordered():
-            part.before(optimizer)
+    def _undo(self) -> None:
+        for part in reversed(self._ordered()):
+            part.undo()
 
     @torch.no_grad()
+    def _before(self, optimizer: Optimizer) -> None:
+        self._undo()  # an optimizer may call its closure several times
+        for part in self._ordered():
+            part.before(optimizer)
+        self._acted = True
+
     def _post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for part in reversed(self._ordered()):
-            part.after(optimizer)
+        if sys._getframe(1) is not self._running:
+            return
+        self._running = None
+        if not self._acted:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step() was given a closure and never called it, so this step ran without "
+                "the penalty or the path integral; call step() without it"
+            )
+        with torch.no_grad():
+            for part in reversed(self._ordered()):
+                part.after(optimizer)
+
+
+def _on_stack(frame: FrameType) -> bool:
+    """True while the call that a frame belongs to has not returned."""
+    current: FrameType | None = sys._getframe(1)
+    while current is not None and current is not frame:
+        current = current.f_back
+    return current is not None
 
 
 def grad_sign(group: dict[str, Any]) -> int:
@@ -195,9 +236,8 @@ class _Penalty:
     order: int = 1
     # p, its own grad, the grad lent to the optimizer, the version of the lent one: to give p.grad back after the step
     _lent: list[tuple[Tensor, Tensor, Tensor, int]] = field(default_factory=list)
-    _old: list[tuple[Tensor, Tensor | None, float | Tensor]] = field(
-        default_factory=list
-    )  # p, w before the step (E4), α
+    # p, w before the step (E4 alone needs it), α
+    _old: list[tuple[Tensor, Tensor | None, float | Tensor]] = field(default_factory=list)
 
     def check(self, optimizer: Optimizer) -> None:
         self.ewc.check_owner(optimizer)
@@ -209,20 +249,20 @@ class _Penalty:
                 )
 
     def before(self, optimizer: Optimizer) -> None:
-        self.put_back()
-        self._old = []
         for group, p in with_grad(optimizer):
             held = self.ewc.held(p)
             if held is None:
                 continue
             if self.ewc.variant in ("proximal", "wva"):
-                self._old.append((p, p.detach().clone() if self.ewc.variant == "wva" else None, group["lr"]))
-                continue
-            self._lend(p, self._pull(optimizer, group, p, held))
+                old = p.detach().clone() if self.ewc.variant == "wva" else None
+                self._old.append((p, old, learning_rate(group)))
+            else:
+                self._lend(p, self._pull(optimizer, group, p, held))
 
     def _pull(self, optimizer: Optimizer, group: dict[str, Any], p: Tensor, held: tuple[Tensor, Tensor]) -> Tensor:
         """c(w − w*) as p.grad counts: scaled where GradScaler leaves unscaling to the step, flipped by maximize."""
-        pull = ewc_penalty_grad(p, *held, ewc_lambda=self.ewc.ewc_lambda, lr=group["lr"], variant=self.ewc.variant)
+        lr = learning_rate(group)
+        pull = ewc_penalty_grad(p, *held, ewc_lambda=self.ewc.ewc_lambda, lr=lr, variant=self.ewc.variant)
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         if scale is not None:
             pull.mul_(scale.to(pull.device))
@@ -231,20 +271,32 @@ class _Penalty:
     def _lend(self, p: Tensor, pull: Tensor) -> None:
         own = p.grad
         assert own is not None
-        lent = pull.add_(own).to(own.dtype)
+        lent = pull.add_(own)
+        if own.dtype == torch.float16:  # a scaled pull may pass 65504 after GradScaler has looked for infinities
+            largest = torch.finfo(own.dtype).max
+            lent = torch.where(own.isfinite(), lent.clamp(-largest, largest), lent)
+        lent = lent.to(own.dtype)
         p.grad = lent
         self._lent.append((p, own, lent, lent._version))
 
-    def put_back(self, written: bool = False) -> None:
-        """Give every p.grad back; ``written``: the step ran, so the optimizer may have changed the lent gradient."""
-        for p, own, lent, version in self._lent:
-            # After a step that raised, the user may have zeroed and refilled the lent gradient: then it is theirs now.
-            if p.grad is lent and (written or lent._version == version):
+    def undo(self) -> None:
+        for p, _, lent, version in self._lent:
+            if p.grad is lent and lent._version != version:
+                raise RuntimeError(
+                    f"an earlier step() failed with the penalty in the gradient of {self.ewc.name_of(p)!r}, which was "
+                    "changed since, so it cannot be taken out again: call zero_grad(set_to_none=True) and backward()"
+                )
+        self._give_back()
+        self._old = []
+
+    def _give_back(self) -> None:
+        for p, own, lent, _ in self._lent:
+            if p.grad is lent:
                 p.grad = own
         self._lent = []
 
     def after(self, optimizer: Optimizer) -> None:
-        self.put_back(written=True)
+        self._give_back()
         for p, old, lr in self._old:
             held = self.ewc.held(p)
             assert held is not None

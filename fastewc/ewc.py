@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 from fastewc import _state, files
 from fastewc._binding import Binding
-from fastewc._names import Exclude, as_patterns, model_parameters, op_dtype, require_matches, trainable_parameters
+from fastewc._names import Exclude, as_patterns, model_parameters, op_dtype, require_matches
 from fastewc._optimizers import Owners
 from fastewc._state import Changes, Importances, Options
 from fastewc.attach import AttachHandle, attach
@@ -30,12 +31,11 @@ class EWC:
 
     * ``"plain"`` (E1, Kirkpatrick et al. 2017, eq. 3): loss term (λ/2) Σ Ω(w − w*)², gradient λΩ(w − w*). Diverges with
       plain SGD where αλΩ > 2.
-    * ``"stabilized"`` (E2, Kutalev & Lapina 2021, arXiv 2109.10021): gradient c(w − w*) with c = λΩ/(1 + αλΩ): with
-    plain
-      SGD one step's pull never exceeds w − w*. It moves the optimum (a stiff weight is held at most with 1/α); under
-      momentum it is bounded but underdamped, and Nesterov with task curvature can diverge.
-    * ``"proximal"`` (E3): after the optimizer's own step to w′, w⁺ = (w′ + αλΩw*)/(1 + αλΩ). Never moves w′ away from
-    w*.
+    * ``"stabilized"`` (E2, Kutalev & Lapina 2021, arXiv 2109.10021): gradient c(w − w*) with c = λΩ/(1 + αλΩ). With
+      plain SGD one step's pull never exceeds w − w*. It moves the optimum (a stiff weight is held at most with 1/α);
+      under momentum it is bounded but underdamped, and Nesterov with task curvature can diverge.
+    * ``"proximal"`` (E3): after the optimizer's own step to w′, w⁺ = (w′ + αλΩw*)/(1 + αλΩ). Never moves w′ away
+      from w*.
     * ``"wva"`` (E4, weight velocity attenuation, Kutalev 2020, whose λ is our αλ): w⁺ = w + (w′ − w)/(1 + αλΩ). A brake
       without a pull: it delays forgetting, its optimum is the unprotected one.
 
@@ -171,17 +171,19 @@ class EWC:
             )
         first = self.num_tasks == 0
         if first:
-            require_matches(trainable_parameters(self.model), self.exclude)
+            require_matches(model_parameters(self.model), self.exclude)
         self._binding.refresh(self._importance)
         parameters = self._binding.parameters
+        self._options.check_anchor_storage(parameters)
+        _state.require_finite(parameters, "the weight")
         fresh = _state.checked_importance(
             importance, parameters, self.exclude, model_parameters(self.model), strict=strict
         )
         with torch.no_grad():
             folded = {}
             for name, value in fresh.items():
-                held = None if first else self.held(self._binding.parameters[name])
-                folded[name] = _state.fold(held, value, self._binding.parameters[name], self._options)
+                held = None if first else self.held(parameters[name])
+                folded[name] = _state.fold(held, value, parameters[name], self._options)
             _state.check_finite(
                 {name: omega for name, (omega, _) in folded.items()}, "the summed importance (Ω̄ ← γΩ̄ + Ω)"
             )
@@ -208,7 +210,10 @@ class EWC:
                 bad ``rename``. Nothing has changed then.
         """
         binding = Binding(self.model if model is None else model, self.exclude)
+        self._options.check_anchor_storage(binding.parameters)
         changes = Changes()
+        for p in self._binding.parameters.values():
+            self.held(p)  # follow model.to() first, as the steps do
         if self.num_tasks:
             importance, anchor, changes = _state.fit(
                 self._importance, self._anchor, binding.parameters, self._options, rename=rename, strict=strict
@@ -222,8 +227,7 @@ class EWC:
     def penalty(self, lr: LearningRate = None) -> Tensor:
         """½ Σ c(w − w*)², a loss term: c = λΩ (E1, "plain") or λΩ/(1 + αλΩ) (E2, "stabilized").
 
-        Add it to the loss, once per optimizer step. Where gradients are clipped, scaled or accumulated the penalty's
-        own
+        Add it to the loss, once per optimizer step. Where gradients are clipped or accumulated the penalty's own
         gradient is too; the fused optimizers and :meth:`attach` avoid that.
 
         Args:
@@ -235,7 +239,7 @@ class EWC:
 
         Raises:
             ValueError: "proximal" and "wva" are no loss terms; lr is missing; the optimizer lacks a protected
-            parameter.
+                parameter; the model is no longer the one that was consolidated (see :meth:`rebind`).
             RuntimeError: an optimizer applies this ewc already and gradients are on: the penalty would count twice.
                 Under torch.no_grad() the value may be read for logging.
         """
@@ -244,7 +248,9 @@ class EWC:
                 f"variant {self.variant!r} acts after the optimizer's step and is no loss term: use fastewc.optim or "
                 "ewc.attach"
             )
-        if torch.is_grad_enabled() and self._owners.live():
+        if torch.is_grad_enabled() and self.is_applied:
+            gc.collect()  # an optimizer in a reference cycle outlives its last use
+        if torch.is_grad_enabled() and self.is_applied:
             how = ", ".join(f"{type(optimizer).__name__} ({how})" for optimizer, how in self._owners.live())
             raise RuntimeError(
                 f"this ewc is already applied by {how}: adding penalty() to the loss would count it twice. Drop one "
@@ -252,8 +258,10 @@ class EWC:
             )
         alpha = self._binding.alpha(lr, needed=self.variant != "plain")
         if self.num_tasks == 0:
-            some = next(iter(self._binding.parameters.values()))
-            return torch.zeros((), dtype=op_dtype(some), device=some.device, requires_grad=torch.is_grad_enabled())
+            dtypes = {op_dtype(p) for p in self._binding.parameters.values()}
+            device = next(iter(self._binding.parameters.values())).device
+            dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+            return torch.zeros((), dtype=dtype, device=device, requires_grad=torch.is_grad_enabled())
         params, importances, anchors = self._tensors()
         return ewc_penalty(
             params,
@@ -294,6 +302,7 @@ class EWC:
         )
 
     def _tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        self._binding.refresh(self._importance)
         pairs = [(p, self.held(p)) for p in self._binding.parameters.values()]
         held = [(p, *pair) for p, pair in pairs if pair is not None]
         assert len(held) == len(self._binding.parameters)
@@ -314,6 +323,11 @@ class EWC:
         self._binding.refresh(self._importance)
         self._binding.check_optimizer(optimizer)
         self._owners.add(optimizer, how, self._binding.name_by_id)
+
+    @property
+    def is_applied(self) -> bool:
+        """True while an optimizer applies the penalty by itself, fused or attached."""
+        return bool(self._owners.live())
 
     def release(self, optimizer: Optimizer) -> None:
         """The optimizer no longer applies the penalty."""
@@ -427,6 +441,7 @@ class EWC:
     ) -> None:
         options, facts = Options.from_dict(state), Importances.from_dict(state)
         binding = Binding(model, options.exclude)
+        options.check_anchor_storage(binding.parameters)
         importance, anchor, changes = _state.fit(
             _state.tensors_of(state, "importance"),
             _state.tensors_of(state, "anchor"),
@@ -436,6 +451,7 @@ class EWC:
             strict=strict,
         )
         _state.check_finite(importance, "the loaded importance")
+        _state.require_finite(anchor, "the loaded anchor")
         self._options, self._facts, self._binding = options, facts, binding
         self._importance, self._anchor = (importance, anchor) if facts.num_tasks else ({}, {})
         changes.warn()

@@ -37,7 +37,7 @@ def save_tensors(path: PathLike, tensors: Mapping[str, Tensor], header: Mapping[
         OSError: the file cannot be written; an older file of that name is then unchanged.
     """
     refuse_dtensor(tensors, "save")
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays a link: what it points to is replaced
     full = {
         **header,
         "kind": kind,
@@ -50,7 +50,11 @@ def save_tensors(path: PathLike, tensors: Mapping[str, Tensor], header: Mapping[
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     try:
-        save_file(plain, temporary, metadata={_KEY: json.dumps(full)})
+        try:
+            save_file(plain, temporary, metadata={_KEY: json.dumps(full)})
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(f"cannot write {path}: {error}") from error
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -71,7 +75,7 @@ def load_tensors(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise FileNotFoundError(f"{path} is a folder, wanted a file" if path.is_dir() else f"no file {path}")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             header = _header(path, file.metadata(), kind)
@@ -86,6 +90,13 @@ def load_tensors(
         odd = sorted(name for name in found.keys() | listed.keys() if found.get(name) != listed.get(name))
         raise ValueError(f"{path}: tensors differ from the file's own header (damaged file): {', '.join(odd[:8])}")
     return tensors, header
+
+
+def _umask() -> int:
+    """The process's umask; it can only be read by setting it."""
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
 
 
 def _header(path: Path, metadata: Mapping[str, str] | None, kind: str) -> dict[str, Any]:
@@ -110,6 +121,6 @@ def _header(path: Path, metadata: Mapping[str, str] | None, kind: str) -> dict[s
         )
     if header.get("kind") != kind:
         loaders = {"importance": "fastewc.Importance.load", "ewc": "fastewc.EWC.load"}
-        hint = f"; read it with {loaders[header['kind']]}" if header.get("kind") in loaders else ""
+        hint = f"; read it with {loaders[header['kind']]}" if str(header.get("kind")) in loaders else ""
         raise ValueError(f"{path} holds {header.get('kind')!r}, wanted {kind!r}{hint}")
     return header

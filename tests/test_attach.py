@@ -235,7 +235,148 @@ def test_a_step_that_raises_leaves_the_next_one_right():
     assert_weights(model, wanted)
 
 
-# ── who applies it ───────────────────────────────────────────────────────────────────────────────────────────────────
+def test_an_extra_argument_of_step_is_no_closure():
+    class Takes(torch.optim.SGD):
+        def step(self, progress=None):
+            return super().step()
+
+    model, ewc = held()
+    wanted = expected_sgd(model, ewc)
+    opt = Takes(model.parameters(), lr=LR)
+    ewc.attach(opt)
+    opt.step(0.5)
+    assert_weights(model, wanted)
+
+
+def test_a_closure_that_is_never_called_is_an_error():
+    class Ignores(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step()
+
+    model, ewc = held()
+    opt = Ignores(model.parameters(), lr=LR)
+    ewc.attach(opt)
+    with pytest.raises(RuntimeError, match="never called it"):
+        opt.step(lambda: torch.zeros(()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_step_that_calls_its_base_class_acts_once(variant, closure):
+    """torch patches step() of each class, so the hooks run twice."""
+
+    class Nested(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])  # patches the base class too
+    model, ewc = held(variant)
+    wanted = expected_sgd(model, ewc)
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+    old = {n: p.detach().clone() for n, p in model.named_parameters()}
+    opt = Nested(model.parameters(), lr=LR)
+    other = EWC(model, ewc_lambda=0.0, variant="plain")
+    other.consolidate(importance_of(model))
+    ewc.attach(opt)
+    other.attach(opt)
+    tracker = PathIntegral(opt, model=model)
+    opt.step((lambda: torch.zeros(())) if closure else None)
+    assert_weights(model, wanted)
+    assert tracker.path_integral_steps == 1
+    for name, term in tracker.path_integrals().items():
+        moved = term.parameter.detach() - old[name]
+        assert_within_roundings(term.omega, -grads[name] * moved, roundings=8)
+        assert torch.equal(term.parameter.grad, grads[name])
+
+
+def test_gradients_that_were_changed_after_a_failed_step_are_refused():
+    class Breaks(torch.optim.SGD):
+        def step(self, closure=None):
+            raise OSError("boom")
+
+    model, ewc = held()
+    opt = Breaks(model.parameters(), lr=LR)
+    ewc.attach(opt)
+    with pytest.raises(OSError, match="boom"):
+        opt.step()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    with pytest.raises(RuntimeError, match=r"an earlier step.* failed with the penalty"):
+        opt.step()
+    opt.zero_grad()
+    fill_grads(model)
+    with pytest.raises(OSError, match="boom"):
+        opt.step()
+
+
+def test_a_failed_step_leaves_no_penalty_behind_with_two_of_them():
+    class Breaks(torch.optim.SGD):
+        broken = True
+
+        def step(self, closure=None):
+            if self.broken:
+                raise OSError("boom")
+            return super().step(closure)
+
+    model, ewc = held()
+    other = EWC(model, ewc_lambda=0.0, variant="plain")
+    other.consolidate(importance_of(model))
+    opt = Breaks(model.parameters(), lr=LR)
+    ewc.attach(opt)
+    other.attach(opt)
+    wanted = expected_sgd(model, ewc)
+    with pytest.raises(OSError, match="boom"):
+        opt.step()
+    opt.broken = False
+    opt.step()
+    assert_weights(model, wanted)
+
+
+def test_float16_under_grad_scaler_stays_finite():
+    """The pull times the scale passes 65504 after GradScaler has looked for infinities."""
+    torch.manual_seed(0)
+    model = net().half()
+    ewc = EWC(model, ewc_lambda=50.0, variant="plain")
+    ewc.consolidate(importance_of(model, 1.0))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2)
+    before = [p.detach().clone() for p in model.parameters()]
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    ewc.attach(opt)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+    scaler.scale(model(torch.randn(8, 3).half()).float().square().mean()).backward()
+    scaler.step(opt)
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert p.isfinite().all() and not torch.equal(p, old)
+
+
+def test_clipping_and_tracking_optimizers_want_ewc_themselves():
+    model, ewc = held()
+    with pytest.raises(ValueError, match="make it with ewc= instead"):
+        ewc.attach(SGD(model.parameters(), lr=LR, max_grad_norm=1.0))
+    with pytest.raises(ValueError, match="make it with ewc= instead"):
+        ewc.attach(SGD(model.named_parameters(), lr=LR, path_integral=True))
+    wanted = expected_sgd(model, ewc)
+    plain = SGD(model.parameters(), lr=LR)
+    ewc.attach(plain)
+    plain.step()
+    assert_weights(model, wanted)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_tensor_lr_of_one_element_and_a_scalar_parameter(variant):
+    model = torch.nn.Module()
+    model.scale = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    ewc = EWC(model, ewc_lambda=LAMBDA, variant=variant)
+    ewc.consolidate({"scale": torch.tensor(0.5)})
+    with torch.no_grad():
+        model.scale.fill_(3.0)
+    model.scale.grad = torch.tensor(1.0, dtype=torch.float64)
+    wanted = expected_sgd(model, ewc)
+    opt = torch.optim.SGD(model.parameters(), lr=torch.tensor([LR], dtype=torch.float64))
+    ewc.attach(opt)
+    opt.step()
+    assert_weights(model, wanted)
 
 
 def test_refusals():
@@ -339,9 +480,6 @@ def test_scheduler_after_attach():
     wanted = expected_sgd(model, ewc, LR / 2)
     opt.step()
     assert_weights(model, wanted)
-
-
-# ── SI by hooks reads the gradient before the penalty, whoever came first ────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("tracker_first", [False, True])

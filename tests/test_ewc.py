@@ -14,8 +14,6 @@ from tests.helpers import assert_same, filled, importance_of, move, net, weights
 
 GOOD = {"ewc_lambda": 2.0}
 
-# ── construction ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
@@ -63,9 +61,6 @@ def test_batch_norm_statistics_are_pointed_out_once():
     with pytest.warns(UserWarning, match="1 BatchNorm layers: their running statistics") as caught:
         EWC(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), ewc_lambda=1.0)
     assert len(caught) == 1
-
-
-# ── consolidate ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_before_the_first_task():
@@ -248,9 +243,6 @@ def test_heads_may_come_before_the_first_task():
     assert "extra.weight" in ewc.importances() and "head.weight" not in ewc.importances()
 
 
-# ── penalty and stats ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_penalty_hand_worked():
     model = nn.Linear(2, 1, bias=False).double()
     with torch.no_grad():
@@ -324,9 +316,6 @@ def test_lambda_zero_changes_nothing():
     move(model, 1)
     ewc.penalty(lr=0.1).backward()
     assert all(not p.grad.any() for p in model.parameters())
-
-
-# ── names and rebinding ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_names_are_those_of_the_unwrapped_model():
@@ -437,9 +426,6 @@ def test_unknown_optimizer_parameters_are_named_once():
         SGD(net().parameters(), lr=0.1, ewc=ewc)
 
 
-# ── state ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_state_dict_round_trip_restores_options(tmp_path):
     model = net()
     ewc = filled(model)
@@ -515,3 +501,86 @@ def test_an_optimizer_of_excluded_parameters_only_is_fine():
     opt.step()
     for name, p in model[2].named_parameters():
         assert_within_roundings(p, wanted[name], roundings=4, error_scale=wanted[name].abs() + 1)
+
+
+def test_penalty_and_stats_see_a_replaced_parameter():
+    model = net()
+    ewc = EWC(model, ewc_lambda=4.0, variant="plain")
+    ewc.consolidate(importance_of(model, 1.0))
+    model[0].weight = nn.Parameter(model[0].weight.detach() + 1)
+    value = ewc.penalty()  # ½ · 4 · 12 weights · 1²
+    value.backward()
+    assert value.item() == pytest.approx(24.0, rel=1e-5) and model[0].weight.grad is not None
+    assert ewc.stats(0.1)["penalty"] == pytest.approx(24.0, rel=1e-5)
+    del model[2]
+    for call in (ewc.penalty, lambda: ewc.stats(0.1)):
+        with pytest.raises(ValueError, match=r"missing: 2\.weight, 2\.bias"):
+            call()
+
+
+def test_a_head_that_came_late_is_told_how_to_join():
+    model = net()
+    ewc = EWC(model, ewc_lambda=4.0)
+    ewc.consolidate(importance_of(model))
+    model.add_module("head", nn.Linear(2, 2))
+    with pytest.raises(
+        ValueError, match=r"head\.weight, head\.bias joined the model after the first task: ewc\.rebind"
+    ):
+        ewc.consolidate(importance_of(model))
+    model.requires_grad_(False)
+    model[2].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"missing: 0\.weight, 0\.bias.*0\.weight, 0\.bias do not require a gradient"):
+        ewc.consolidate({n: torch.ones_like(p) for n, p in model[2].named_parameters(prefix="2")})
+
+
+def test_nan_weights_never_become_anchors():
+    model = net()
+    ewc = EWC(model, ewc_lambda=4.0)
+    ewc.consolidate(importance_of(model))
+    state = copy.deepcopy(ewc.state_dict())
+    with torch.no_grad():
+        model[2].bias[0] = float("nan")
+    with pytest.raises(ValueError, match=r"the weight of '2\.bias' has NaN"):
+        ewc.consolidate(importance_of(model, 1.0))
+    assert ewc.num_tasks == 1
+    state["anchor"]["2.bias"][0] = float("inf")
+    with pytest.raises(ValueError, match=r"the loaded anchor of '2\.bias' has infinite"):
+        ewc.load_state_dict(state)
+
+
+def test_weighted_anchors_are_refused_in_16_bits_whenever_the_model_gets_there():
+    model = net()
+    ewc = EWC(model, ewc_lambda=1.0, anchor="weighted")
+    ewc.consolidate(importance_of(model))
+    model.bfloat16()
+    for call in (lambda: ewc.consolidate(importance_of(model)), ewc.rebind):
+        with pytest.raises(NotImplementedError, match="16-bit anchors"):
+            call()
+
+
+def test_an_excluded_pattern_may_match_frozen_parameters():
+    model = net()
+    model[0].requires_grad_(False)
+    ewc = EWC(model, ewc_lambda=1.0, exclude="0.*")
+    ewc.consolidate(importance_of(model))
+    assert list(ewc.importances()) == ["2.weight", "2.bias"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{3: torch.ones(1)}, {"0.weight": torch.ones(4, 3).to_sparse()}, {"0.weight": torch.ones(4, 3, device="meta")}],
+)
+def test_odd_importances_are_type_errors(bad):
+    model = net()
+    ewc = EWC(model, ewc_lambda=1.0)
+    with pytest.raises(TypeError, match="importance"):
+        ewc.consolidate(dict(importance_of(model)) | bad)
+
+
+def test_an_optimizer_in_a_reference_cycle_no_longer_counts():
+    model = net()
+    ewc = EWC(model, ewc_lambda=4.0)
+    opt = SGD(model.parameters(), lr=0.1, ewc=ewc)
+    opt.me = opt
+    del opt
+    ewc.penalty(lr=0.1).backward()

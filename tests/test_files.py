@@ -6,6 +6,7 @@ import struct
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fastewc import EWC, Importance, files
@@ -64,7 +65,9 @@ def test_precision_is_not_lost_unnoticed(tmp_path):
     filled(net(), anchor="latest").save(tmp_path / "f")
     with pytest.raises(ValueError, match=r"anchors would lose precision: 0\.weight"):
         EWC.load(tmp_path / "f", net().bfloat16())
-    assert EWC.load(tmp_path / "f", net().bfloat16(), strict=False).anchors()["0.weight"].dtype == torch.bfloat16
+    with pytest.warns(UserWarning, match=r"narrowed: 0\.weight"):
+        ewc = EWC.load(tmp_path / "f", net().bfloat16(), strict=False)
+    assert ewc.anchors()["0.weight"].dtype == torch.bfloat16
 
 
 def test_wrong_kind_of_file(tmp_path):
@@ -119,3 +122,35 @@ def test_tied_and_strided_tensors_are_saved_by_value(tmp_path):
     files.save_tensors(tmp_path / "f", {"a": base.t(), "b": base, "c": base[1]}, {}, "test")
     loaded, _ = files.load_tensors(tmp_path / "f", "test")
     assert torch.equal(loaded["a"], base.t()) and torch.equal(loaded["b"], base) and torch.equal(loaded["c"], base[1])
+
+
+def test_a_full_disk_is_an_os_error_and_the_mode_is_the_umask_s(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    importance_of(net()).save(path)
+    mask = os.umask(0o022)
+    os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+    def full(*args, **kwargs):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match=r"cannot write .*No space left"):
+        importance_of(net()).save(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["f"]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    importance_of(net()).save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and Importance.load(tmp_path / "real").num_samples == 10
+
+
+@pytest.mark.parametrize("change", [{"num_tasks": -1}, {"num_samples": "3"}, {"methods": None}, {"gamma": True}])
+def test_damaged_header_values(tmp_path, change):
+    ewc = filled(net())
+    with pytest.raises(ValueError):
+        ewc.load_state_dict(ewc.state_dict() | change)
+    with pytest.raises(TypeError, match="ewc_lambda must be a number"):
+        ewc.load_state_dict(ewc.state_dict() | {"ewc_lambda": "3"})

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from fastewc import _state
 from fastewc._names import op_dtype, trainable_parameters
-from fastewc._optimizers import unwrap_optimizer
+from fastewc._optimizers import learning_rate, parameter_ids, unwrap_optimizer
 from fastewc.attach import StepHooks, grad_sign, skipped, with_grad
 from fastewc.importance.base import Importance
 from fastewc.ops.ewc_penalty import ewc_penalty_grad
@@ -44,7 +44,9 @@ class PathSource(Protocol):
         """Forget the path; the next tracked step starts a new one."""
 
 
-def si_importance(source: PathSource, damping: float = 0.1, *, reset: bool = True, clamp: bool = True) -> Importance:
+def si_importance(
+    source: PathSource | Optimizer, damping: float = 0.1, *, reset: bool = True, clamp: bool = True
+) -> Importance:
     """Synaptic-intelligence importance: Ω = max(ω, 0) / ((w − w_start)² + ξ), Zenke et al. 2017, eq. 5 (E7).
 
     ω = −Σ_steps g·(w⁺ − w), g the gradient of the task loss alone (unscaled, unclipped, before the penalty), w⁺ − w
@@ -66,14 +68,15 @@ def si_importance(source: PathSource, damping: float = 0.1, *, reset: bool = Tru
         TypeError: source keeps no path integral.
         ValueError: damping is not positive, no step was tracked yet, or (with clamp) a value is not finite.
     """
-    if not all(hasattr(source, name) for name in ("path_integrals", "path_integral_steps", "reset_path_integral")):
+    kept: Any = unwrap_optimizer(source) or source
+    if not all(hasattr(kept, name) for name in ("path_integrals", "path_integral_steps", "reset_path_integral")):
         raise TypeError(
             f"{type(source).__name__} keeps no path integral: give a fastewc.optim optimizer made with "
             "path_integral=True, or a fastewc.PathIntegral around any torch optimizer"
         )
     if not damping > 0:
         raise ValueError(f"damping (ξ) must be > 0, got {damping!r}")
-    terms, steps = source.path_integrals(), source.path_integral_steps
+    terms, steps = kept.path_integrals(), kept.path_integral_steps
     if steps == 0:
         raise ValueError(
             "no step has been tracked yet: train with this optimizer first, then ask for its SI importance"
@@ -83,7 +86,7 @@ def si_importance(source: PathSource, damping: float = 0.1, *, reset: bool = Tru
         for name, term in terms.items():
             values[name] = _damped(term, damping, clamp)
             paths[name] = (
-                "fused" if not isinstance(source, PathIntegral) else "op",
+                "fused" if not isinstance(kept, PathIntegral) else "op",
                 "path integral of the optimizer's steps",
             )
             if term.omega is None:
@@ -94,7 +97,7 @@ def si_importance(source: PathSource, damping: float = 0.1, *, reset: bool = Tru
         dict.update(importance, values)  # past the check that values are >= 0, which is what was asked for
     importance.report.update(paths)
     if reset:
-        source.reset_path_integral()
+        kept.reset_path_integral()
     return importance
 
 
@@ -116,10 +119,12 @@ class _Tracker:
     _open: list[tuple[str, Tensor, Tensor, Tensor]] = field(default_factory=list)  # name, p, task gradient, old weight
 
     def check(self, optimizer: Optimizer) -> None:
-        """A step may always be tracked."""
+        self.owner.follow(optimizer)
+
+    def undo(self) -> None:
+        self._open = []
 
     def before(self, optimizer: Optimizer) -> None:
-        self._open = []
         for group, p in with_grad(optimizer):
             name = self.owner.name_of(p)
             if name is not None:
@@ -139,9 +144,10 @@ class _Tracker:
             ewc is not None
             and held is not None
             and ewc.variant in ("plain", "stabilized")
-            and ewc.applied_by(optimizer) is None
+            and not ewc.is_applied  # else penalty() refuses to be part of a loss
         ):
-            g = g - ewc_penalty_grad(p, *held, ewc_lambda=ewc.ewc_lambda, lr=group["lr"], variant=ewc.variant)
+            lr = learning_rate(group)
+            g = g - ewc_penalty_grad(p, *held, ewc_lambda=ewc.ewc_lambda, lr=lr, variant=ewc.variant)
         return g
 
     def after(self, optimizer: Optimizer) -> None:
@@ -181,8 +187,9 @@ class PathIntegral:
                 f"PathIntegral needs a torch.optim.Optimizer with one gradient per step, got {type(optimizer).__name__}"
             )
         self.ewc = ewc
-        self._parameters = _named(inner, model, ewc)
-        self._name_by_id = {id(p): name for name, p in self._parameters.items()}
+        self._model = model
+        self._seen: set[int] = set()
+        self.follow(inner)
         self._omega: dict[str, Tensor] = {}
         self._start: dict[str, Tensor] = {}
         self.path_integral_steps = 0
@@ -190,6 +197,14 @@ class PathIntegral:
             raise ValueError(f"this {type(inner).__name__} has a PathIntegral already: remove() that one first")
         self._hooks, self._tracker = StepHooks.on(inner), _Tracker(self)
         self._hooks.parts.append(self._tracker)
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Name the optimizer's parameters, again when param groups were added."""
+        ids = parameter_ids(optimizer)
+        if ids != self._seen:
+            self._parameters = _named(optimizer, self._model, self.ewc)
+            self._name_by_id = {id(p): name for name, p in self._parameters.items()}
+            self._seen = ids
 
     def name_of(self, parameter: Tensor) -> str | None:
         """The name under which a parameter is tracked; None if it is not."""
@@ -231,6 +246,11 @@ class PathIntegral:
         """
         _state.require_keys(state_dict, ("path_integral_steps",))
         omega, start = (_state.tensors_of(state_dict, key) for key in ("path_integral", "path_integral_start"))
+        steps = int(state_dict["path_integral_steps"])
+        if steps < 0:
+            raise ValueError(f"path_integral_steps must be >= 0, got {steps}")
+        _state.require_finite(omega, "the saved path integral")
+        _state.require_finite(start, "the saved start")
         odd = sorted(omega.keys() ^ start.keys()) + [n for n in omega if n not in self._parameters]
         odd += [
             n
@@ -242,7 +262,7 @@ class PathIntegral:
         p = self._parameters
         self._omega = {n: t.to(p[n].device, op_dtype(p[n]), copy=True) for n, t in omega.items()}
         self._start = {n: t.to(p[n].device, copy=True) for n, t in start.items()}
-        self.path_integral_steps = int(state_dict["path_integral_steps"])
+        self.path_integral_steps = steps
 
 
 def _named(optimizer: Optimizer, model: nn.Module | None, ewc: EWC | None) -> dict[str, Tensor]:

@@ -124,11 +124,15 @@ class ProtectedOptimizer(PathIntegralState):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; with ``ewc`` names are resolved again, and a warning tells what it does not know."""
         super().add_param_group(param_group)
+        joined = False
         try:
-            self._join(self.param_groups[-1:])
-        except (ValueError, NotImplementedError):
-            self.param_groups.pop()
-            raise
+            self._check_group(self.param_groups[-1])
+            if self.ewc is not None:
+                self.ewc.adopt(self)
+            joined = True
+        finally:
+            if not joined:  # whatever was raised, a warning turned into an error included
+                self.param_groups.pop()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -293,6 +297,8 @@ class ProtectedOptimizer(PathIntegralState):
                     self.state[p][key] = value.to(p.device, op_dtype(p))
 
     def _check_tasks(self, state_dict: dict[str, Any]) -> None:
+        if any(group.get("differentiable") for group in state_dict["param_groups"]):
+            raise NotImplementedError("the saved optimizer had differentiable=True, which is not implemented here")
         saved = {int(group["num_tasks"]) for group in state_dict["param_groups"] if "num_tasks" in group}
         here = 0 if self.ewc is None else self.ewc.num_tasks
         if not saved or saved == {here}:

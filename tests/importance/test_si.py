@@ -185,3 +185,37 @@ def test_hooks_and_fused_step_agree_on_adam_with_a_penalty():
         found.append(si_importance(source, clamp=False))
     for name in found[0]:
         assert_within_roundings(found[0][name], found[1][name], roundings=1e6, error_scale=found[1][name].abs() + 1e-2)
+
+
+def test_parameters_added_later_are_tracked():
+    model = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)})
+    opt = torch.optim.SGD(model["a"].parameters(), lr=0.1)
+    tracker = PathIntegral(opt, model=model)
+    opt.add_param_group({"params": list(model["b"].parameters())})
+    model["b"](model["a"](torch.ones(1, 1))).sum().backward()
+    opt.step()
+    imp = si_importance(tracker)
+    assert sorted(imp) == ["a.bias", "a.weight", "b.bias", "b.weight"] and imp["b.bias"].all()
+
+
+def test_nothing_is_subtracted_while_another_optimizer_applies_the_penalty():
+    model = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)}).double()
+    ewc = EWC(model, ewc_lambda=5.0)
+    ewc.consolidate({n: torch.ones_like(p) for n, p in model.named_parameters()})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    one_part, other = (torch.optim.SGD(model[k].parameters(), lr=0.5) for k in "ab")
+    ewc.attach(one_part)
+    tracker = PathIntegral(other, ewc=ewc)
+    (3 * model["b"].bias).sum().backward()
+    other.step()
+    assert tracker.path_integrals()["b.bias"].omega.item() == 3 * 1.5
+
+
+def test_a_wrapped_optimizer_is_looked_through():
+    model = one()
+    wrapper = type("AcceleratedOptimizer", (), {"__module__": "accelerate.optimizer"})()
+    wrapper.optimizer = SGD(model.named_parameters(), lr=0.5, path_integral=True)
+    step(wrapper.optimizer, model, 2.0)
+    assert si_importance(wrapper, damping=1.0)["weight"].item() == 2 / 2

@@ -53,6 +53,15 @@ def test_gradient_matches_autograd_of_the_formula():
     )
 
 
+def test_second_derivatives():
+    w, importance, anchor = tensors(7, torch.float64)
+    w.requires_grad_()
+    value = ewc_penalty([w], [importance], [anchor], ewc_lambda=LAMBDA, lrs=[LR], variant="stabilized")
+    (gradient,) = torch.autograd.grad(value, w, create_graph=True)
+    (curvature,) = torch.autograd.grad(gradient.sum(), w)
+    assert_within_roundings(curvature, c64(importance, "stabilized"), roundings=8)
+
+
 def test_several_tensors_each_with_its_own_lr():
     a, b = tensors(5, torch.float64, 1), tensors(7, torch.float64, 2)
     value = ewc_penalty(

@@ -33,7 +33,7 @@ def held_back(
     As interpolations they leave w′ exactly as it is where s = 0 and lose nothing where s is huge; k is formed as
     1/(1 + 1/s), so that an s that overflows gives 1.
     """
-    k = (importance * ewc_lambda * lr).reciprocal_().add_(1).reciprocal_()
+    k = (importance * (ewc_lambda * lr)).reciprocal_().add_(1).reciprocal_()
     return torch.lerp(w_new, target.to(w_new.dtype), k)
 
 
