@@ -58,6 +58,10 @@ FASTEWC_CPU_CLONES void logits_grad(const T* y, T* out, int64_t n) {
 
 // One row. `e` holds C numbers of the arithmetic's type; it may be `out` itself where the types agree, so that
 // every e^(y−max) is computed once.
+//
+// p − Σp² is computed as such where p ≤ top/2, top = max p. Above, where it would cancel in a confident row, it is
+// lead − (top − p) with lead = top − Σp² = Σ p(top − p), whose terms are all non-negative. The maximum's own e is
+// exactly 1, so it and its ties add exactly 0 to lead.
 template <typename T>
 FASTEWC_CPU_CLONES void softmax_grad_row(const T* y, T* out, op_math_t<T>* e, int64_t C) {
   using acc_t = op_math_t<T>;
@@ -68,26 +72,32 @@ FASTEWC_CPU_CLONES void softmax_grad_row(const T* y, T* out, op_math_t<T>* e, in
     max = value > max ? value : max;
   }
   // A NaN that the maximum skipped, or ∞ − ∞, makes Σe NaN and with it the whole row, as torch.softmax does.
-  double sum = 0, sum_of_squares = 0;
+  double sum = 0, sum_of_squares = 0, sum_of_leads = 0;
   for (int64_t begin = 0; begin < C; begin += SUM_BLOCK) {
     const int64_t end = std::min(C, begin + SUM_BLOCK);
-    acc_t block_sum = 0, block_squares = 0;
-#pragma omp simd reduction(+ : block_sum, block_squares)
+    acc_t block_sum = 0, block_squares = 0, block_leads = 0;
+#pragma omp simd reduction(+ : block_sum, block_squares, block_leads)
     for (int64_t i = begin; i < end; ++i) {
       const acc_t value = exp_nonpositive(static_cast<acc_t>(y[i]) - max);
       e[i] = value;
       block_sum += value;
       block_squares += value * value;
+      block_leads += value * (acc_t(1) - value);
     }
     sum += block_sum;
     sum_of_squares += block_squares;
+    sum_of_leads += block_leads;
   }
-  const acc_t scale = static_cast<acc_t>(1 / sum);
+  const acc_t top = static_cast<acc_t>(1 / sum); // the largest p, and the factor from e to p
   const acc_t sum_p_squared = static_cast<acc_t>(sum_of_squares / (sum * sum));
+  const acc_t lead = static_cast<acc_t>(sum_of_leads / (sum * sum));
 #pragma omp simd
   for (int64_t i = 0; i < C; ++i) {
-    const acc_t p = e[i] * scale;
-    out[i] = static_cast<T>(acc_t(2) * p * (p - sum_p_squared));
+    const acc_t p = e[i] * top;
+    // Both, then a choice: a blend of two vectors rather than a branch.
+    const acc_t above = lead - (top - p);
+    const acc_t below = p - sum_p_squared;
+    out[i] = static_cast<T>(acc_t(2) * p * (acc_t(2) * p > top ? above : below));
   }
 }
 

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from decimal import Context, Decimal, localcontext
 from types import ModuleType
 
 import pytest
@@ -54,6 +55,40 @@ def test_hand_worked_numbers(impl: str) -> None:
     assert squared_norm_grad(torch.tensor([1.5, -2.0]), "logits", impl).tolist() == [3.0, -4.0]
 
 
+@pytest.mark.parametrize("gap", [10, 15, 20, 40])
+def test_hand_worked_confident_rows(gap: int, impl: str) -> None:
+    """Every element is right relative to itself, however small the doubt.
+
+    With ε = e^−gap: y = (gap, 0) has p = (1, ε)/(1+ε) and p₁ − Σp² = p₁p₂ − p₂² = ε(1−ε)/(1+ε)², so the seed is
+    ±2ε(1−ε)/(1+ε)³. y = (gap, 0, gap) has p = (1, ε, 1)/(2+ε) and p₁ − Σp² = (2+ε − 2−ε²)/(2+ε)² = ε(1−ε)/(2+ε)², so
+    the seed is (1, −2, 1)·2ε(1−ε)/(2+ε)³.
+    """
+    epsilon = math.exp(-gap)
+    two = 2 * epsilon * (1 - epsilon) / (1 + epsilon) ** 3 * torch.tensor([1, -1], dtype=torch.float64)
+    three = 2 * epsilon * (1 - epsilon) / (2 + epsilon) ** 3 * torch.tensor([1, -2, 1], dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for wanted in (two, three):
+            y = torch.tensor([gap, 0, gap][: len(wanted)], dtype=dtype)
+            assert_within_roundings(squared_norm_grad(y, "softmax", impl), wanted, roundings=16)
+
+
+def test_one_class_has_no_gradient(impl: str) -> None:
+    for dtype in DTYPES:
+        y = torch.tensor([[-3.0], [0.0], [60.0]], dtype=dtype)
+        assert squared_norm_grad(y, "softmax", impl).tolist() == [[0], [0], [0]]
+
+
+@pytest.mark.parametrize("shape", [(10,), (33,), (1025,)], ids=str)
+def test_equal_maxima_have_equal_gradients(shape: tuple[int, ...], impl: str) -> None:
+    """Bit for bit, in a vector and in its tail; where all classes are equal the seed is exactly 0."""
+    for dtype in DTYPES:
+        y = torch.zeros(shape, dtype=dtype)
+        assert squared_norm_grad(y, "softmax", impl).count_nonzero() == 0
+        y[[0, 5, -1]] = 9
+        seed = squared_norm_grad(y, "softmax", impl)
+        assert seed[0] == seed[5] == seed[-1] > 0
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_implementations_agree_with_the_float64_reference(case: Case, impl: str) -> None:
     for dtype in case.dtypes:
@@ -68,13 +103,60 @@ def test_implementations_agree_with_the_float64_reference(case: Case, impl: str)
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.spread != "equal"], ids=lambda case: case.id)
 def test_the_reference_is_the_gradient_that_autograd_finds(case: Case) -> None:
+    """Autograd computes p(g − Σgp), g = 2p: in a confident row it cancels, so its error scale is p and Σp² apart."""
     y = case.make_inputs(torch.float64)
+    scale = case.error_scale(torch.float64)[0]
+    if case.output == "softmax":
+        p = y.softmax(-1)
+        scale = scale + 2 * p * (p + (p * p).sum(-1, keepdim=True))
     assert_within_roundings(
         squared_norm_grad(y, case.output, "reference"),
         seed_by_autograd(y, case.output),
         roundings=2 * case.roundings,
+        error_scale=scale,
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for case in CASES
+        if case.output == "softmax" and case.spread not in ("decades", "equal") and math.prod(case.shape) < 9999
+    ],
+    ids=lambda case: case.id,
+)
+def test_the_float64_reference_is_right_to_the_last_digits(case: Case) -> None:
+    """2p(p − Σp²) as written, with 80 digits: what cancels leaves more than float64 holds."""
+    y = case.make_inputs(torch.float64)
+    wanted = []
+    with localcontext(Context(prec=80)):
+        for row in y.reshape(-1, max(y.shape[-1], 1)).tolist():
+            e = [Decimal(value).exp() for value in row]
+            p = [value / sum(e) for value in e]
+            square = sum(value * value for value in p)
+            wanted.append([float(2 * value * (value - square)) for value in p])
+    assert_within_roundings(
+        case.oracle(torch.float64)[0],
+        torch.tensor(wanted, dtype=torch.float64).reshape(y.shape),
+        roundings=case.roundings,
         error_scale=case.error_scale(torch.float64)[0],
     )
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.spread in ("confident", "tied")], ids=lambda case: case.id
+)
+def test_the_cases_reject_a_top_class_that_cancels(case: Case) -> None:
+    """p − Σp² in float32 has the error of 1, not of the others' p."""
+    p = case.make_inputs(torch.float32).softmax(-1)
+    with pytest.raises(AssertionError, match="outside the rounding bound"):
+        assert_all_within_roundings(
+            [2 * p * (p - (p * p).sum(-1, keepdim=True))],
+            case.oracle(torch.float32),
+            roundings=case.roundings,
+            error_scale=case.error_scale(torch.float32),
+        )
 
 
 def test_the_cases_reject_a_wrong_answer() -> None:
