@@ -10,13 +10,14 @@ DataLoader, and one Adam lives through all runs, as in the published script.
 from __future__ import annotations
 
 import argparse
-import json
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.paper.mnist_tasks import PERMUTATION_SEED, load_mnist, pixel_orders
+from benchmarks.results_row import ROOT, machine, row, write
 
 LR, BATCH, EPOCHS, TASKS, LAST = 1e-3, 100, 6, 10, 5_000
 
@@ -32,14 +33,15 @@ def fisher(net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
 
 
 def main() -> None:
-    """Run and print one JSON line per run."""
+    """Run, print each accuracy, write all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", required=True)
+    parser.add_argument("--data-root", help="folder with MNIST/raw (default: FASTEWC_DATA)")
     parser.add_argument("--ewc-lambda", type=float, default=0.0, help="0 is no protection")
     parser.add_argument("--stabilized", action="store_true")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--permutations", type=int, default=PERMUTATION_SEED)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / machine() / "control.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     data = load_mnist(args.data_root)
@@ -48,7 +50,8 @@ def main() -> None:
     layers = [nn.Linear(784, 300), nn.LeakyReLU(), nn.Linear(300, 150), nn.LeakyReLU(), nn.Linear(150, 10)]
     net = nn.Sequential(*layers)
     adam = torch.optim.Adam(net.parameters(), lr=LR)
-    for run in range(args.runs):
+    accuracies: list[float] = []
+    for _ in range(args.runs):
         for layer in layers[::2]:
             layer.reset_parameters()
         omega, star = [torch.zeros_like(p) for p in net.parameters()], None
@@ -69,7 +72,13 @@ def main() -> None:
                 star = [p.detach().clone() for p in net.parameters()]
         with torch.no_grad():
             hits = [(net(data.test_x[:, order]).argmax(1) == data.test_y).double().mean().item() for order in orders]
-        print(json.dumps({**vars(args), "run": run, "accuracy": sum(hits) / len(hits)}), flush=True)
+        accuracies.append(sum(hits) / len(hits))
+        print(f"run {len(accuracies) - 1}: {accuracies[-1]:.4f}", flush=True)
+        name = f"control/lambda {args.ewc_lambda:g}{' stabilized' if args.stabilized else ''}"
+        mean = sum(accuracies) / len(accuracies)
+        write(
+            args.out, [row("paper", name, value=mean, unit="accuracy", runs=accuracies, permutations=args.permutations)]
+        )
 
 
 if __name__ == "__main__":
