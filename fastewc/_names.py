@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-
-T = TypeVar("T")
 
 Exclude = str | Iterable[str]
 
@@ -103,13 +100,6 @@ def require_matches(names: Iterable[str], patterns: Iterable[str], *, what: str 
         if not any(fnmatchcase(name, pattern) for name in names):
             shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
             raise ValueError(f"{what} pattern {pattern!r} matches no parameter; the parameters are: {shown or 'none'}")
-
-
-def exclude_parameters(named: Mapping[str, T], exclude: Exclude, *, what: str = "exclude") -> dict[str, T]:
-    """``named`` without the names that match ``exclude``; a pattern that matches nothing raises ValueError."""
-    patterns = as_patterns(exclude)
-    require_matches(named, patterns, what=what)
-    return {name: value for name, value in named.items() if not matches(name, patterns)}
 
 
 def is_dtensor(tensor: Tensor) -> bool:

@@ -51,9 +51,10 @@ def checked_lr(value: Any) -> float | Tensor:
         return value.detach().reshape(())
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"lr must be a float, a tensor or a torch optimizer, got {type(value).__name__}")
-    if not (math.isfinite(value) and value >= 0):
+    number = float(value)
+    if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"lr must be finite and >= 0, got {value!r}")
-    return float(value)
+    return number
 
 
 @dataclass

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_NOT_A_MEMBER = "this rank is not a member of process_group; call the pass on its members only"
+
 
 class Ranks:
     """The ranks that share one pass: this one's place among them, and sums over all of them.
@@ -21,7 +23,8 @@ class Ranks:
     Args:
         process_group: None for the default group where torch.distributed is initialised (else this process alone),
             False for this rank alone, or a ProcessGroup.
-        device: where the model is; NCCL exchanges from there, other backends from the CPU.
+        device: where the model is; NCCL exchanges from there (from the current GPU where the model is on none), other
+            backends from the CPU.
 
     Raises:
         TypeError: process_group is something else.
@@ -30,6 +33,8 @@ class Ranks:
 
     def __init__(self, process_group: Any, device: torch.device) -> None:
         available = dist.is_available()
+        if available and type(process_group) is int and process_group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(_NOT_A_MEMBER)  # what new_group returns on the ranks that it leaves out
         default_or_alone = process_group is None or process_group is False
         if not default_or_alone and not (available and isinstance(process_group, dist.ProcessGroup)):
             raise TypeError(
@@ -41,8 +46,10 @@ class Ranks:
         self.world = dist.get_world_size(self._group) if together else 1
         self.rank = dist.get_rank(self._group) if together else 0
         if self.rank < 0:
-            raise ValueError("this rank is not a member of process_group; call the pass on its members only")
-        self._device = device if together and "nccl" in dist.get_backend(self._group) else torch.device("cpu")
+            raise ValueError(_NOT_A_MEMBER)
+        self._device = torch.device("cpu")
+        if together and "nccl" in dist.get_backend(self._group):
+            self._device = device if device.type == "cuda" else torch.device("cuda")
         self._signature = 0
 
     def share(self, max_samples: int | None) -> int | None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from os import PathLike
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fastewc import _state
 from fastewc._names import as_patterns, matches, op_dtype, refuse_dtensor, require_matches
 
 Report = dict[str, tuple[str, str]]
 PATHS = ("fused", "op", "batch-1", "unused", "given")
+TAKEN_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STORED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _KIND = "importance"
 
@@ -23,20 +25,16 @@ def _checked(name: object, value: object) -> Tensor:
     """``value`` detached, as float32 (float64 stays); raises if it cannot be an importance."""
     if not isinstance(name, str):
         raise TypeError(f"an importance is keyed by parameter name (str), got {type(name).__name__}: {name!r}")
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        what = f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"importance of {name!r} must be a floating-point tensor, got {what}")
+    if not isinstance(value, Tensor):
+        raise TypeError(f"importance of {name!r} must be a floating-point tensor, got {type(value).__name__}")
     value = value.detach()
     refuse_dtensor({name: value}, "Importance")
-    if not bool(torch.isfinite(value).all()):
-        raise ValueError(
-            f"importance of {name!r} has NaN or infinite entries: look for NaN in the data or the weights, or for "
-            "float16 overflow"
+    if value.dtype not in TAKEN_DTYPES or value.layout != torch.strided or value.is_meta:
+        raise TypeError(
+            f"importance of {name!r} must be a dense floating-point tensor of 16 bits or more with data in it, got "
+            f"{value.dtype}, layout {value.layout}, device {value.device}"
         )
-    if bool((value < 0).any()):
-        raise ValueError(
-            f"importance of {name!r} has negative entries (smallest {value.min().item():.3g}); it must be >= 0"
-        )
+    _state.check_finite({name: value}, "the importance")
     return value.to(op_dtype(value))
 
 
@@ -67,8 +65,8 @@ class Importance(dict[str, Tensor]):
             method: a word or two saying what they are.
 
         Raises:
-            TypeError: a name that is not a str, a value that is not a floating-point tensor, a bad num_samples or
-                method.
+            TypeError: a name that is not a str, a value that is not a dense floating-point tensor of at least 16 bits,
+                a bad num_samples or method.
             ValueError: NaN, infinite or negative entries (the parameter is named), num_samples < 0.
             NotImplementedError: a DTensor.
         """
@@ -98,11 +96,15 @@ class Importance(dict[str, Tensor]):
         dict.__init__(self, values)
         self.num_samples, self.method, self.report, self.metadata = int(num_samples), method, dict(report), {}
 
-    def copy(self) -> Importance:
-        """A new Importance over the same tensors (as ``dict.copy``)."""
-        made = Importance._of(self, self.num_samples, self.method, self.report)
+    def _with(self, values: Mapping[str, Tensor], report: Report | None = None) -> Importance:
+        """Other values (and report), everything else as here."""
+        made = Importance._of(values, self.num_samples, self.method, self.report if report is None else report)
         made.metadata = dict(self.metadata)
         return made
+
+    def copy(self) -> Importance:
+        """A new Importance over the same tensors (as ``dict.copy``)."""
+        return self._with(self)
 
     def __repr__(self) -> str:
         """Size and origin; the tensors themselves would fill pages."""
@@ -119,7 +121,8 @@ class Importance(dict[str, Tensor]):
             other: an Importance with the same names and shapes; moved to this one's devices.
 
         Returns:
-            A new Importance with N₁ + N₂ samples; differing methods become ``"a+b"``.
+            A new Importance with N₁ + N₂ samples; differing methods become ``"a+b"``; metadata of both, this one's
+            where both have a key.
 
         Raises:
             TypeError: ``other`` is not an Importance.
@@ -146,7 +149,9 @@ class Importance(dict[str, Tensor]):
             unused = self.report.get(name, ("given", ""))[0] == "unused"
             report[name] = (other if unused else self).report.get(name, ("given", "merged"))
         methods = dict.fromkeys([*self.method.split("+"), *other.method.split("+")])
-        return Importance._of(values, total, "+".join(methods), report)
+        made = Importance._of(values, total, "+".join(methods), report)
+        made.metadata = {**other.metadata, **self.metadata}
+        return made
 
     def normalize(self, by: Literal["mean", "max", "trace"] = "mean") -> Importance:
         """Divide everything by one number, so that λ means the same for different models and methods.
@@ -168,8 +173,7 @@ class Importance(dict[str, Tensor]):
             size /= sum(value.numel() for value in filled) if by == "mean" and filled else 1
         if size == 0:
             raise ValueError(f"normalize({by!r}): the importance is zero everywhere, there is nothing to divide by")
-        values = {name: (value.double() / size).to(value.dtype) for name, value in self.items()}
-        return Importance._of(values, self.num_samples, self.method, self.report)
+        return self._with({name: (value.double() / size).to(value.dtype) for name, value in self.items()})
 
     def scale(self, factors: Mapping[str, float]) -> Importance:
         """Multiply parameters by factors: ``imp.scale({"head.*": 0.0, "*.bias": 0.5})``.
@@ -180,13 +184,14 @@ class Importance(dict[str, Tensor]):
 
         Raises:
             TypeError: not a mapping, a factor that is not a number.
-            ValueError: a pattern that matches nothing, a factor that is negative or not finite.
+            ValueError: a pattern that matches nothing, a factor that is negative or not finite, or so large that the
+                result is.
         """
         if not isinstance(factors, Mapping):
             raise TypeError(f"scale takes a mapping from pattern to factor, got {type(factors).__name__}")
         patterns = as_patterns(factors)
         for pattern, factor in factors.items():
-            if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+            if isinstance(factor, bool) or not isinstance(factor, Real):
                 raise TypeError(f"scale: the factor of {pattern!r} must be a number, got {type(factor).__name__}")
             if not math.isfinite(factor) or factor < 0:
                 raise ValueError(f"scale: the factor of {pattern!r} must be finite and >= 0, got {factor}")
@@ -194,8 +199,10 @@ class Importance(dict[str, Tensor]):
         values = {}
         for name, value in self.items():
             first = next((pattern for pattern in patterns if matches(name, (pattern,))), None)
-            values[name] = value.clone() if first is None else value * factors[first]
-        return Importance._of(values, self.num_samples, self.method, self.report)
+            values[name] = value.clone() if first is None else value * float(factors[first])
+            if not bool(torch.isfinite(values[name]).all()):
+                raise ValueError(f"scale: {name!r} times {factors[first or name]} is too large for {value.dtype}")
+        return self._with(values)
 
     def rename(self, names: Mapping[str, str]) -> Importance:
         """Change parameter names: ``imp.rename({"fc.weight": "classifier.weight"})``; the order stays.
@@ -206,18 +213,10 @@ class Importance(dict[str, Tensor]):
         """
         if not isinstance(names, Mapping) or not all(isinstance(new, str) for new in names.values()):
             raise TypeError("rename takes a mapping from old name (str) to new name (str)")
-        unknown = [old for old in names if old not in self]
-        if unknown:
-            raise ValueError(f"rename: no parameter is called {', '.join(map(repr, unknown))}")
-        values: dict[str, Tensor] = {}
-        report: Report = {}
-        for name, value in self.items():
-            new = names.get(name, name)
-            if new in values:
-                raise ValueError(f"rename: two parameters would be called {new!r}")
-            values[new] = value.clone()
-            report[new] = self.report.get(name, ("given", "renamed"))
-        return Importance._of(values, self.num_samples, self.method, report)
+        new_name = _state.renamer(self, names)
+        values = {new_name[name]: value.clone() for name, value in self.items()}
+        report = {new_name[name]: self.report.get(name, ("given", "renamed")) for name in self}
+        return self._with(values, report)
 
     def save(
         self, path: str | PathLike[str], *, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
@@ -231,7 +230,8 @@ class Importance(dict[str, Tensor]):
             metadata: strings of your own; after :meth:`load` they are in ``.metadata``.
 
         Raises:
-            ValueError: a dtype whose range is too small for importances (float16, float8), or one that is no float.
+            ValueError: a dtype whose range is too small for importances (float16, float8), or one that is no float; a
+                parameter named "__metadata__", which safetensors keeps for itself.
             TypeError: metadata that is not a mapping of str to str.
             OverflowError: a float64 value above the largest number of ``dtype``.
         """
@@ -242,6 +242,8 @@ class Importance(dict[str, Tensor]):
                 f"dtype must be torch.float32, torch.float64 or torch.bfloat16, got {dtype}: importances span twelve "
                 "decades, which float16 and float8 cut to zero or infinity"
             )
+        if "__metadata__" in self:
+            raise ValueError("a safetensors file can't hold a tensor named '__metadata__'; rename() it first")
         words = {} if metadata is None else metadata
         if not isinstance(words, Mapping) or not all(isinstance(w, str) for pair in words.items() for w in pair):
             raise TypeError("metadata must be a mapping from str to str")
@@ -262,21 +264,28 @@ class Importance(dict[str, Tensor]):
         """Read a file written by :meth:`save`, on any machine, onto ``device``.
 
         Raises:
-            ValueError: the file is truncated, foreign, or holds something else than an importance.
+            ValueError: the file is truncated, damaged or foreign, holds something else than an importance, or values
+                that can't be one (NaN, negative); the path is named.
             FileNotFoundError: there is no such file.
         """
         from fastewc.files import load_tensors
 
         tensors, header = load_tensors(path, _KIND, device)
         try:
-            num_samples, method = header["num_samples"], header["method"]
-            report = {name: (str(entry[0]), str(entry[1])) for name, entry in header["report"].items()}
+            report = {name: _report_entry(name, entry) for name, entry in header["report"].items()}
             metadata = {str(key): str(value) for key, value in header["metadata"].items()}
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            ordered = {name: tensors[name] for name in header["tensors"]}  # safetensors sorts by name
+            made = cls._of(ordered, header["num_samples"], header["method"], report)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"{path}: not a complete importance file (header entry missing or malformed: {error})"
+                f"{path}: not a complete importance file (missing or malformed: {error}); was it damaged?"
             ) from error
-        ordered = {name: tensors[name] for name in header["tensors"]}  # safetensors sorts by name
-        made = cls._of(ordered, num_samples, method, report)
         made.metadata = metadata
         return made
+
+
+def _report_entry(name: str, entry: object) -> tuple[str, str]:
+    """A (path, reason) as JSON has it, checked."""
+    if isinstance(entry, list) and len(entry) == 2 and entry[0] in PATHS and isinstance(entry[1], str):
+        return entry[0], entry[1]
+    raise ValueError(f"report of {name!r} is {entry!r}, wanted [path, reason]")

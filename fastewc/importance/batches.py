@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,17 +49,26 @@ def map_tensors(content: Any, change: Callable[[Tensor], Tensor]) -> Any:
             "forward="
         )
     if isinstance(content, Mapping):
-        changed = {key: map_tensors(value, change) for key, value in content.items()}
-        if type(content) is dict or not isinstance(content, MutableMapping):
-            return changed
-        like = copy.copy(content)  # a BatchEncoding stays one
-        like.update(changed)
-        return like
+        return _map_values(content, lambda value: map_tensors(value, change))
     if isinstance(content, tuple) and hasattr(content, "_fields"):
         return type(content)(*(map_tensors(part, change) for part in content))
     if isinstance(content, (tuple, list)):
         return type(content)(map_tensors(part, change) for part in content)
     return content
+
+
+def _map_values(content: Mapping[Any, Any], change: Callable[[Any], Any]) -> Mapping[Any, Any]:
+    """A new mapping with every value changed.
+
+    It keeps the type of dict's and UserDict's subclasses, whose copies are their own (a BatchEncoding stays one); a
+    copy of any other mapping may share its values with the user's, so that becomes a dict.
+    """
+    changed = {key: change(value) for key, value in content.items()}
+    if type(content) is dict or not isinstance(content, (dict, UserDict)):
+        return changed
+    like = copy.copy(content)
+    like.update(changed)
+    return like
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:
@@ -95,12 +105,7 @@ class Batch:
 
     def _cut(self, content: Any, start: int, stop: int) -> Any:
         if isinstance(content, Mapping):
-            cut = {key: self._cut(value, start, stop) for key, value in content.items()}
-            if type(content) is dict or not isinstance(content, MutableMapping):
-                return cut
-            like = copy.copy(content)
-            like.update(cut)
-            return like
+            return _map_values(content, lambda value: self._cut(value, start, stop))
         if (
             isinstance(content, (list, tuple))
             and len(content) == self.size

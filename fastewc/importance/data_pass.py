@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastewc._dispatch import choose
-from fastewc._names import Exclude, exclude_parameters, trainable_parameters, unwrap
+from fastewc._names import Exclude, trainable_parameters, unwrap
 from fastewc.distributed import Ranks
 from fastewc.importance.base import Importance, Report
 from fastewc.importance.batches import Batch, check_data, read_batch
-from fastewc.importance.evaluate import Evaluator, Forward
-from fastewc.importance.guards import check_model, kept_buffers, refuse_randomness, undisturbed
+from fastewc.importance.evaluate import Evaluated, Evaluator, Forward
+from fastewc.importance.guards import check_model, kept_buffers, refuse_randomness, undisturbed, wanted_parameters
+from fastewc.importance.mixing import refuse_mixing
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,14 @@ class PassOptions:
     allow_dropout: bool
     exclude: Exclude
 
-    def check(self) -> None:
-        """Raise for arguments that are wrong whatever the model."""
+    def checked(self) -> PassOptions:
+        """Itself with plain ints; raises for arguments that are wrong whatever the model."""
         if self.forward is not None and not callable(self.forward):
             raise TypeError(f"forward must be a callable(model, batch), got {type(self.forward).__name__}")
         for name, value, least in (("max_samples", self.max_samples, 1), ("batch_dim", self.batch_dim, 0)):
             if value is None and name == "max_samples":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
+            if isinstance(value, bool) or not isinstance(value, Integral):
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}: {value!r}")
             if value < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
@@ -52,6 +54,8 @@ class PassOptions:
                 "verify=True is not implemented yet: it is for per-sample gradients that come in batches, and today "
                 "each sample is differentiated by itself"
             )
+        limit = None if self.max_samples is None else int(self.max_samples)
+        return replace(self, max_samples=limit, batch_dim=int(self.batch_dim))
 
 
 class Measure(Protocol):
@@ -62,8 +66,8 @@ class Measure(Protocol):
     path: str
     reason: str
 
-    def check(self, batch: Batch) -> None:
-        """Look at the first batch as a whole, without gradients; raise if it can't be right."""
+    def check(self, batch: Batch) -> Evaluated | None:
+        """Evaluate the first batch as a whole, without gradients; raise if it can't be right. None: don't cut it."""
 
     def add(self, batch: Batch) -> None:
         """Add the batch's samples to the sums."""
@@ -77,28 +81,28 @@ MakeMeasure = Callable[[Evaluator, Mapping[str, nn.Parameter]], Measure]
 
 def run_pass(model: nn.Module, data: Any, options: PassOptions, method: str, make: MakeMeasure) -> Importance:
     """Ω = (1/N) · Σ over samples, all ranks together, of what ``make``'s measure adds up."""
-    options.check()
     # Sums made in inference mode could not be used afterwards. The data keeps the caller's grad mode.
     with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
         return _run_pass(model, data, options, method, make)
 
 
 def _run_pass(model: nn.Module, data: Any, options: PassOptions, method: str, make: MakeMeasure) -> Importance:
-    named = trainable_parameters(model)
-    first = next(iter(named.values()), None)
-    device = torch.device("cpu") if first is None else first.device
-    choose("sum_grad_power", options.impl, device)
-    module, ranks = unwrap(model), Ranks(options.process_group, device)
-    with ranks:
-        parameters = exclude_parameters(named, options.exclude)
-        check_model(model, parameters, allow_dropout=options.allow_dropout, what=_caller(method))
+    what = _caller(method)
+    device = _device(model)
+    ranks = Ranks(options.process_group, device)
+    with ranks:  # whatever fails here fails on every rank
+        options = options.checked()
+        parameters = wanted_parameters(model, options.exclude, what)
+        choose("sum_grad_power", options.impl, device)
+        check_model(unwrap(model), allow_dropout=options.allow_dropout, what=what)
         ranks.expect_same(
             repr((method, options.max_samples, [(name, tuple(p.shape)) for name, p in parameters.items()]))
         )
         check_data(data)
-        measure = make(Evaluator(module, options.forward), parameters)
-        with undisturbed(module):
-            samples = _read(module, data, device, options, ranks.share(options.max_samples), measure, method)
+        evaluator = Evaluator(unwrap(model), options.forward)
+        measure = make(evaluator, parameters)
+        with undisturbed(evaluator.module):
+            samples = _read(data, device, options, ranks.share(options.max_samples), evaluator, measure, what)
         detached = measure.nothing_measured()
     names = list(measure.sums)
     ranks.sum_tensors(measure.sums)
@@ -118,17 +122,23 @@ def _run_pass(model: nn.Module, data: Any, options: PassOptions, method: str, ma
     return Importance._of(measure.sums, total, method, report)
 
 
+def _device(model: Any) -> torch.device:
+    """Where the trainable parameters are, the first of them at least."""
+    trainable = trainable_parameters(model).values() if isinstance(model, nn.Module) else ()
+    return next((parameter.device for parameter in trainable), torch.device("cpu"))
+
+
 def _caller(method: str) -> str:
     """The public function that a method string comes from, for error texts."""
     return f"{method.partition('/')[0]}_importance"
 
 
 def _read(
-    module: nn.Module,
     data: Any,
     device: torch.device,
     options: PassOptions,
     limit: int | None,
+    evaluator: Evaluator,
     measure: Measure,
     what: str,
 ) -> int:
@@ -144,7 +154,7 @@ def _read(
                 if limit is not None and samples + batch.size > limit:
                     batch = batch.rows(0, limit - samples)
                 if batch.size and samples == 0:
-                    _look_first(module, batch, measure, options.allow_dropout, what)
+                    _look_first(evaluator, batch, measure, options.allow_dropout, what)
                 if batch.size:
                     measure.add(batch)
             samples += batch.size
@@ -154,13 +164,19 @@ def _read(
     return samples
 
 
-def _look_first(module: nn.Module, batch: Batch, measure: Measure, allow_dropout: bool, what: str) -> None:
+def _look_first(evaluator: Evaluator, batch: Batch, measure: Measure, allow_dropout: bool, what: str) -> None:
+    seen: list[Evaluated | None] = []
+
     def look() -> None:
-        with torch.no_grad(), kept_buffers(module):
-            measure.check(batch)
+        with torch.no_grad(), kept_buffers(evaluator.module):
+            seen.append(measure.check(batch))
         torch.clear_autocast_cache()
 
-    refuse_randomness(module, look, allow=allow_dropout, what=_caller(what))
+    refuse_randomness(evaluator.module, look, allow=allow_dropout, what=what)
+    if not allow_dropout and seen[0] is not None:
+        with torch.no_grad(), kept_buffers(evaluator.module):
+            refuse_mixing(evaluator, batch, seen[0], what)
+        torch.clear_autocast_cache()
 
 
 @contextmanager

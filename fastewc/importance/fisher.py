@@ -13,7 +13,7 @@ from fastewc.importance.base import Importance
 from fastewc.importance.data_pass import PassOptions, run_pass
 from fastewc.importance.evaluate import Evaluated, Evaluator, Forward, logits_or_raw
 from fastewc.importance.likelihoods import LIKELIHOODS, Likelihood
-from fastewc.importance.samples import SampleMeasure, check_batch_dimension, rows_of
+from fastewc.importance.samples import SampleMeasure, check_batch_dimension, check_class_dimension, rows_of
 from fastewc.per_sample import Term
 
 Loss = Literal["categorical", "gaussian", "bernoulli"] | Callable[[Any, Any], Tensor]
@@ -54,7 +54,8 @@ def fisher_importance(
         data: an iterable of batches, moved to the model's device: a tensor, ``(x,)``, ``(x, y)``, or a mapping whose
             ``labels`` are the target and the rest the model's keyword arguments. For Hugging Face decoder language
             models labels are shifted by one, as their own loss does. Targets −100 do not count; neither do, where there
-            are no labels, positions with attention_mask 0. A sample without any counted position still counts in N.
+            are no labels, positions with attention_mask 0 (for an encoder-decoder: decoder_attention_mask). A sample
+            without any counted position still counts in N.
         loss: "categorical": output [N, ..., C], integer targets [N, ...]. "gaussian": −log p = ½‖f − y‖², target of the
             output's shape. "bernoulli": output are logits, target of their shape in [0, 1]. Or a callable(output,
             target) that returns per-sample losses [N]; it gets ``output.logits`` where the model's output has that,
@@ -75,8 +76,10 @@ def fisher_importance(
             for this rank alone. The gradients need no communication; sums and counts are exchanged once, at the end.
         batch_dim: which dimension counts samples: 0, or 1 for time-major inputs [T, N, ...]. A tensor is cut along it
             if its size there is N, else along dimension 0 if that is N (targets [N]).
-        allow_dropout: run with active dropout (or other randomness in the forward) instead of refusing it.
-        exclude: fnmatch pattern(s) of parameter names to leave out; one that matches nothing raises.
+        allow_dropout: run with active dropout (or other randomness in the forward) instead of refusing it; the first
+            sample is then not compared with itself alone, which otherwise finds forwards that mix samples.
+        exclude: fnmatch pattern(s) of parameter names to leave out; one that matches no parameter, trainable or
+            frozen, raises.
 
     Returns:
         Importance by parameter name of the unwrapped model, float32 (float64 for float64 parameters), trainable
@@ -86,7 +89,8 @@ def fisher_importance(
     Raises:
         ValueError: a batch, target, loss or model that can't give per-sample gradients; the message says which and why.
         TypeError: arguments, batches or targets of the wrong type.
-        NotImplementedError: verify=True, an impl that can't run, DTensor or FSDP1 parameters.
+        NotImplementedError: verify=True, an impl that can't run, DTensor or FSDP1 parameters, reentrant activation
+            checkpointing together with forward=.
         RuntimeError: another rank failed.
     """
     if labels not in LABELS:
@@ -144,6 +148,8 @@ class Fisher(SampleMeasure):
 
     def _check(self, output: Tensor, target: Tensor | None) -> None:
         self._likelihood.check_output(output)
+        if not self._likelihood.elementwise:
+            check_class_dimension(output, target)
         if self._labels != "dataset":
             return
         if target is None:
@@ -164,13 +170,14 @@ class Fisher(SampleMeasure):
         if self._labels == "expected":
             yield from self._expected(rows)
             return
+        if self._labels == "sampled":
+            yield Term(*self._likelihood.sampled_term(rows, self._uniform(rows)))
+            return
         if self._labels == "dataset":
             assert seen.target is not None
             target = seen.target.reshape(-1) if counted is None else seen.target[counted]
-        elif self._labels == "predicted":
-            target = self._likelihood.predicted(rows.detach())
         else:
-            target = self._likelihood.sampled(rows.detach(), self._uniform(rows))
+            target = self._likelihood.predicted(rows.detach())
         yield Term(self._likelihood.negative_log(rows, target).sum())
 
     def _uniform(self, rows: Tensor) -> Tensor:

@@ -5,26 +5,39 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from fastewc._names import refuse_dtensor, refuse_fsdp1
+from fastewc._names import (
+    Exclude,
+    as_patterns,
+    matches,
+    model_parameters,
+    refuse_dtensor,
+    refuse_fsdp1,
+    require_matches,
+    trainable_parameters,
+)
 
 
-def check_model(module: nn.Module, parameters: Mapping[str, nn.Parameter], *, allow_dropout: bool, what: str) -> None:
-    """Refuse models whose per-sample gradients do not exist or are not what the user means.
+def wanted_parameters(module: nn.Module, exclude: Exclude, what: str) -> dict[str, nn.Parameter]:
+    """The trainable parameters that are not excluded; patterns may match frozen ones too.
 
     Raises:
-        ValueError: no trainable parameter, batch statistics in BatchNorm, active dropout, uninitialised parameters.
+        TypeError: module is no torch.nn.Module, or a pattern is no str.
+        ValueError: a pattern that matches nothing, no parameter left, one without a shape yet.
         NotImplementedError: DTensor, FullyShardedDataParallel or complex parameters.
     """
+    patterns = as_patterns(exclude)
+    require_matches(model_parameters(module), patterns)
     refuse_fsdp1(module, what)
+    parameters = {name: p for name, p in trainable_parameters(module).items() if not matches(name, patterns)}
     if not parameters:
-        raise ValueError(f"{what}: the model has no parameter that requires a gradient and is not excluded")
+        raise ValueError(f"{what}: the model has no trainable parameter that is not excluded")
     refuse_dtensor(parameters, what)
     for name, parameter in parameters.items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -33,6 +46,11 @@ def check_model(module: nn.Module, parameters: Mapping[str, nn.Parameter], *, al
             raise NotImplementedError(
                 f"{what}: parameter {name!r} is {parameter.dtype}; only real floating-point is supported"
             )
+    return parameters
+
+
+def check_model(module: nn.Module, *, allow_dropout: bool, what: str) -> None:
+    """Raise ValueError for a model in a mode that mixes samples or draws numbers: batch statistics, active dropout."""
     for name, child in module.named_modules():
         place = f"{type(child).__name__} {name!r}"
         if isinstance(child, _BatchNorm) and (child.training or child.running_mean is None):
@@ -109,21 +127,20 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_buffers(module: nn.Module) -> Iterator[None]:
-    """Put every buffer back as it was: the same tensor with the same content."""
+    """Put every buffer back as it was: the same tensor with the same content, or None."""
+    buffers = [(owner, name, buffer) for owner in module.modules() for name, buffer in owner._buffers.items()]
     kept = [
-        (owner, name, buffer, buffer.detach().clone(), buffer._version)
-        for owner in module.modules()
-        for name, buffer in owner._buffers.items()
-        if buffer is not None
+        (owner, name, buffer, None if buffer is None else (buffer.detach().clone(), buffer._version))
+        for owner, name, buffer in buffers
     ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for owner, name, buffer, content, version in kept:
+            for owner, name, buffer, content in kept:
                 owner._buffers[name] = buffer
-                if not _same(buffer, content, version):
-                    buffer.copy_(content)
+                if buffer is not None and content is not None and not _same(buffer, *content):
+                    buffer.copy_(content[0])
 
 
 def _same(buffer: Tensor, content: Tensor, version: int) -> bool:

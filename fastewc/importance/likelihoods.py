@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastewc.importance.evaluate import IGNORED
+from fastewc.importance.evaluate import ignored
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 _CALLABLE_HINT = "for another likelihood pass a callable loss(output, target) that returns per-sample losses [N]"
@@ -47,6 +47,10 @@ class Likelihood:
         """A label of each row drawn from the model, by inverting the distribution function at ``uniform`` in [0, 1)."""
         raise NotImplementedError
 
+    def sampled_term(self, rows: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(value, seed): the gradient of Σ seed ⊙ value is that of −log p(y), y drawn from the model."""
+        return self.negative_log(rows, self.sampled(rows.detach(), uniform)).sum(), None
+
     def expected(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(values, weights) of one shape: the expectation over labels is Σ weights · (∂values)²."""
         raise NotImplementedError
@@ -71,14 +75,12 @@ class Categorical(Likelihood):
                 f"loss='categorical' wants integer class indices as targets, got {target.dtype}; {_CALLABLE_HINT}"
             )
         if target.shape != output.shape[:-1]:
-            hint = ""
-            if output.ndim > 2 and target.shape == output.shape[:1] + output.shape[2:]:
-                hint = ". The class dimension must be the last: move it there in forward="
             raise ValueError(
                 f"output {tuple(output.shape)} [N, ..., C] wants targets of shape {tuple(output.shape[:-1])}, got "
-                f"{tuple(target.shape)}{hint}"
+                f"{tuple(target.shape)}"
             )
-        wrong = (target != IGNORED) & ((target < 0) | (target >= classes))
+        counts, target = ~ignored(target), target.long()  # in 8 bits the number of classes may not fit
+        wrong = counts & ((target < 0) | (target >= classes))
         if bool(wrong.any()):
             raise ValueError(
                 f"target {int(target[wrong][0])} is not a class index of 0 to {classes - 1} (or −100, which does not "
@@ -116,10 +118,10 @@ class Gaussian(Likelihood):
         """½(f − y)²."""
         return 0.5 * (rows - target.to(rows.dtype)).square()
 
-    def sampled(self, rows: Tensor, uniform: Tensor) -> Tensor:
-        """The mean plus ε; 2⁻⁵⁴ keeps a draw of exactly 0 from becoming −∞."""
-        noise: Tensor = torch.special.ndtri(uniform + 2.0**-54)
-        return rows + noise.to(rows.dtype)
+    def sampled_term(self, rows: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
+        """With y = f + ε, ∂(½(f − y)²)/∂f is −ε itself: f + ε would be rounded, and for a large f swallow ε."""
+        noise: Tensor = torch.special.ndtri(uniform + 2.0**-54)  # 2⁻⁵⁴ keeps a draw of exactly 0 from becoming −∞
+        return rows, -noise.to(rows.dtype)
 
     def expected(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Σ_o (∂f_o)²: the residual has variance 1."""
@@ -134,7 +136,7 @@ class Bernoulli(Likelihood):
         _same_shape("bernoulli", output, target)
         if target.dtype == torch.bool:
             return
-        wrong = (target != IGNORED) & ~((target >= 0) & (target <= 1))
+        wrong = ~ignored(target) & ~((target >= 0) & (target <= 1))
         if bool(wrong.any()):
             raise ValueError(
                 "loss='bernoulli' wants targets in [0, 1] (or −100, which does not count), got "

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastewc._dispatch import Impl
 from fastewc._names import Exclude
 from fastewc.importance.base import Importance
 from fastewc.importance.data_pass import PassOptions, run_pass
-from fastewc.importance.evaluate import Evaluated, Evaluator, Forward
-from fastewc.importance.samples import SampleMeasure, check_batch_dimension, rows_of
+from fastewc.importance.evaluate import Evaluated, Evaluator, Forward, ignored
+from fastewc.importance.samples import SampleMeasure, check_batch_dimension, check_class_dimension, rows_of
 from fastewc.ops.squared_norm_grad import squared_norm_grad
 from fastewc.per_sample import Term
 
@@ -42,7 +43,8 @@ def mas_importance(
     Args:
         model: any module; DDP, torch.compile and checkpoint wrappers are looked through. Call ``model.eval()`` first.
         data: an iterable of batches, as in :func:`fastewc.fisher_importance`; targets are not needed. Positions whose
-            target is −100, or without labels whose attention_mask is 0, are left out of ‖f‖².
+            target is −100, or without labels whose attention_mask is 0, are left out of ‖f‖²; with "logits" also the
+            single entries that a target of the output's shape marks with −100.
         output: f is the output itself ("logits"), or its softmax over the last dimension ("softmax").
         forward: as in :func:`fastewc.fisher_importance`, as are all arguments below.
         max_samples: use the first so many samples.
@@ -61,7 +63,8 @@ def mas_importance(
     Raises:
         ValueError: an unknown output, or a batch or model that can't give per-sample gradients.
         TypeError: arguments or batches of the wrong type.
-        NotImplementedError: verify=True, an impl that can't run, DTensor or FSDP1 parameters.
+        NotImplementedError: verify=True, an impl that can't run, DTensor or FSDP1 parameters, reentrant activation
+            checkpointing together with forward=.
         RuntimeError: another rank failed.
     """
     if output not in ("logits", "softmax"):
@@ -71,7 +74,7 @@ def mas_importance(
     )
 
     def measure(evaluator: Evaluator, parameters: Mapping[str, nn.Parameter]) -> Mas:
-        return Mas(evaluator, parameters, output)
+        return Mas(evaluator, parameters, output, impl)
 
     return run_pass(model, data, options, f"mas/{output}", measure)
 
@@ -79,9 +82,10 @@ def mas_importance(
 class Mas(SampleMeasure):
     """One backward pass per sample, seeded with ∂‖f‖²/∂y."""
 
-    def __init__(self, evaluator: Evaluator, parameters: Mapping[str, nn.Parameter], output: str) -> None:
+    def __init__(self, evaluator: Evaluator, parameters: Mapping[str, nn.Parameter], output: str, impl: Impl) -> None:
         super().__init__(evaluator, parameters, power=1)
         self._output = output
+        self._impl: Impl = impl
 
     def check_evaluated(self, seen: Evaluated) -> None:
         """The output holds N samples, and for the softmax a class dimension."""
@@ -89,10 +93,25 @@ class Mas(SampleMeasure):
         check_batch_dimension(seen, output)
         if output.ndim < 2 and self._output == "softmax":
             raise ValueError(f"output='softmax' wants an output [N, ..., C], got shape {tuple(output.shape)}")
+        self._check_target(output, seen.target)
+
+    def _check_target(self, output: Tensor, target: Tensor | None) -> None:
+        partly = target is not None and bool(ignored(target).any())
+        if self._output == "softmax" or partly:
+            check_class_dimension(output, target)
+        if self._output == "softmax" and partly and target is not None and target.shape == output.shape:
+            raise ValueError(
+                "output='softmax' with a target of the output's shape that holds −100: a part of a softmax can't be "
+                "left out. Use output='logits', or a target of shape [N, ...] without the class dimension"
+            )
 
     def terms(self, seen: Evaluated) -> Iterator[Term]:
-        """The counted positions of the output, each a row."""
-        output = seen.output
-        rows = rows_of(output, seen.counted(output), elementwise=output.ndim < 2)
+        """The counted positions of the output, each a row; or its counted entries, where the target is elementwise."""
+        output, target = seen.output, seen.target
+        self._check_target(output, target)
+        elementwise = self._output == "logits" and (
+            output.ndim < 2 or (target is not None and target.shape == output.shape)
+        )
+        rows = rows_of(output, seen.counted(output, elementwise=elementwise), elementwise=elementwise)
         if rows.numel():
-            yield Term(rows, squared_norm_grad(rows.detach(), self._output))
+            yield Term(rows, squared_norm_grad(rows.detach(), self._output, self._impl))

@@ -17,7 +17,13 @@ class SampleMeasure:
 
     def __init__(self, evaluator: Evaluator, parameters: Mapping[str, nn.Parameter], power: int) -> None:
         self._evaluator = evaluator
-        self._engine = BatchOneSums(evaluator.module, parameters, power)
+        for name, parameter in parameters.items():
+            if parameter._backward_hooks:
+                raise ValueError(
+                    f"parameter {name!r} has a hook (register_hook) that may change its gradient, and so the "
+                    "importance; remove it for the pass"
+                )
+        self._engine = BatchOneSums(evaluator.module, parameters, power, foreign=evaluator.custom is not None)
         self.sums, self.used = self._engine.sums, self._engine.used
         self.path, self.reason = self._engine.path, self._engine.reason
 
@@ -29,9 +35,11 @@ class SampleMeasure:
         """The gradients to take for one evaluated sample."""
         raise NotImplementedError
 
-    def check(self, batch: Batch) -> None:
+    def check(self, batch: Batch) -> Evaluated:
         """Evaluate the whole first batch: only there do a batch-mean loss and a lost batch dimension show."""
-        self.check_evaluated(self._evaluator(batch))
+        seen = self._evaluator(batch)
+        self.check_evaluated(seen)
+        return seen
 
     def add(self, batch: Batch) -> None:
         """Each sample of the batch, one after the other."""
@@ -50,6 +58,17 @@ def check_batch_dimension(seen: Evaluated, output: Tensor) -> None:
             f"a batch of {seen.size} samples (dimension {seen.batch_dim}) gave an output of shape "
             f"{tuple(output.shape)}, which has no such dimension. Check batch_dim, or pass forward= that returns one "
             "output per sample"
+        )
+
+
+def check_class_dimension(output: Tensor, target: Tensor | None) -> None:
+    """Raise ValueError for an output [N, C, d...] with a target [N, d...]: classes must come last."""
+    if target is None or output.ndim < 3 or target.shape == output.shape[:-1]:
+        return
+    if target.shape == output.shape[:1] + output.shape[2:]:
+        raise ValueError(
+            f"output {tuple(output.shape)} with a target of shape {tuple(target.shape)} looks like [N, C, ...]: the "
+            "class dimension must be the last: move it there in forward="
         )
 
 

@@ -12,7 +12,7 @@ from fastewc._names import Exclude, op_dtype
 from fastewc.importance.base import Importance
 from fastewc.importance.batches import Batch
 from fastewc.importance.data_pass import PassOptions, run_pass
-from fastewc.importance.evaluate import IGNORED, Evaluator, Forward, logits_or_raw
+from fastewc.importance.evaluate import Evaluated, Evaluator, Forward, ignored, logits_or_raw
 from fastewc.importance.signal_capture import Capture
 
 
@@ -36,7 +36,9 @@ def signal_importance(
     Weight: Ω_oi = (1/N) Σ_n Σ_t |w_oi · a_nti|, a the layer's inputs, t the positions that share the weight. Bias:
     (1/N) Σ_n Σ_t of the absolute value of its unit's output: after the elementwise activation, if one follows the layer
     directly or through norms only, else of the output itself; after a softmax where its result is the model's returned
-    tensor. No gradients are taken: a pass costs about two forwards.
+    tensor. An activation follows directly if it is one function (or a module of transformers.activations) and nothing
+    else reads or writes what lies between: behind a residual branch or a hand-written y·σ(y) the layer's own output
+    counts. No gradients are taken: a pass costs about two forwards.
 
     Defined for linear and convolutional layers (also transposed, and Hugging Face's Conv1D), called as modules or as
     functions. Any other use of a trainable parameter raises, unless that parameter is excluded.
@@ -44,8 +46,9 @@ def signal_importance(
     Args:
         model: any module; DDP, torch.compile and checkpoint wrappers are looked through. Call ``model.eval()`` first.
         data: an iterable of batches, as in :func:`fastewc.fisher_importance`; targets are not needed. Positions of
-            [N, T, ·] inputs of linear layers do not count where the target of shape [N, T] is −100, or without labels
-            where attention_mask is 0; a sample whose target [N] is −100 does not count at all. All stay in N.
+            [N, T, ·] inputs of linear layers (or [T, N, ·], or flattened [N·T, ·]) and of the outputs of convolutions
+            do not count where the target of shape [N, T] is −100, or without labels where attention_mask is 0; a
+            sample whose target [N] is −100 does not count at all. All stay in N.
         forward: as in :func:`fastewc.fisher_importance`, as are all arguments below; runs twice per batch.
         max_samples: use the first so many samples.
         impl: the implementation; an explicit one that can't run raises.
@@ -61,7 +64,9 @@ def signal_importance(
         Importance by parameter name, float32 (float64 for float64 parameters), method "signal".
 
     Raises:
-        NotImplementedError: a parameter is used by something else than a linear or convolutional layer (it is named).
+        NotImplementedError: parameters are used by something else than a linear or convolutional layer (all are named);
+            positions that do not count meet a convolution of other positions; verify=True, an impl that can't run,
+            DTensor or FSDP1 parameters.
         ValueError: a batch or model that the pass can't read.
         TypeError: arguments or batches of the wrong type.
         RuntimeError: another rank failed.
@@ -86,9 +91,10 @@ class Signal:
         }
         self.used: set[str] = set()
 
-    def check(self, batch: Batch) -> None:
-        """Run the batch once, to see whether the forward draws random numbers."""
-        self._evaluator(batch)
+    def check(self, batch: Batch) -> Evaluated | None:
+        """Run the batch once, to see whether the forward draws random numbers or mixes samples."""
+        seen = self._evaluator(batch)
+        return seen if self._evaluator.custom is None else None  # whole batches do for a custom forward
 
     def nothing_measured(self) -> bool:
         """There is nothing to differentiate here."""
@@ -98,31 +104,31 @@ class Signal:
     def add(self, batch: Batch) -> None:
         """Run the counted samples of a batch and add what passes through each weight."""
         target, mask = self._evaluator.target(batch)
+        source = self._evaluator.encoder_mask(batch)
+        masks = [None if target is None else ~ignored(target)]
+        masks += [None if one is None else one != 0 for one in (mask, source)]
         for start, stop in _counted_runs(target, batch.size):
-            part = batch.rows(start, stop)
-            self._add(part, _positions(target, batch, start, stop), _positions(mask, batch, start, stop))
+            keeps = [_positions(keep, batch, start, stop) for keep in masks]
+            # T = N would hide whether a layer sees [N, T, ·] or [T, N, ·]: one sample less tells.
+            square = any(keep is not None and keep.shape[0] == keep.shape[1] > 1 for keep in keeps)
+            for first, last in ((start, start + 1), (start + 1, stop)) if square else ((start, stop),):
+                self._add(batch.rows(first, last), [_positions(keep, batch, first, last) for keep in masks])
 
-    def _add(self, batch: Batch, target: Tensor | None, mask: Tensor | None) -> None:
-        keeps = [None if target is None else target != IGNORED, None if mask is None else mask != 0]
-        if all(keep is not None for keep in keeps):
-            self._refuse_ambiguity(*keeps)
-        capture = Capture(self._evaluator.module, self._parameters, [keep for keep in keeps if keep is not None])
+    def _add(self, batch: Batch, masks: list[Tensor | None]) -> None:
+        *outputs, source = masks
+        ours = next((keep for keep in outputs if keep is not None), None)  # labels decide where there are any
+        if ours is not None and source is not None and ours.shape == source.shape and not torch.equal(ours, source):
+            raise NotImplementedError(
+                "signal_importance of an encoder-decoder whose source and target have the same length: which of the "
+                "two masks belongs to a layer can't be told from shapes. Pad one side by one more position"
+            )
+        capture = Capture(self._evaluator.module, self._parameters, [keep for keep in masks if keep is not None])
         with capture:
             seen = self._evaluator(batch)
         capture.finish([seen.raw, logits_or_raw(seen.raw)])
         for name, value in capture.sums.items():
             self.sums[name] += value
             self.used.add(name)
-
-    def _refuse_ambiguity(self, target: Tensor | None, mask: Tensor | None) -> None:
-        assert target is not None and mask is not None
-        config = getattr(self._evaluator.module, "config", None)
-        same = target.shape == mask.shape and not torch.equal(target, mask)
-        if same and getattr(config, "is_encoder_decoder", False):
-            raise NotImplementedError(
-                "signal_importance of an encoder-decoder whose source and target have the same length: which of the "
-                "two masks belongs to a layer can't be told from shapes. Pad one side by one more position"
-            )
 
 
 def _counted_runs(target: Tensor | None, size: int) -> Iterator[tuple[int, int]]:
@@ -131,7 +137,7 @@ def _counted_runs(target: Tensor | None, size: int) -> Iterator[tuple[int, int]]
         yield 0, size
         return
     start = None
-    for index, counts in enumerate([*(target != IGNORED).tolist(), False]):
+    for index, counts in enumerate([*(~ignored(target)).tolist(), False]):
         if counts and start is None:
             start = index
         elif not counts and start is not None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fastewc._names import Exclude, exclude_parameters, op_dtype, refuse_dtensor, trainable_parameters
+from fastewc._names import Exclude, op_dtype
 from fastewc.importance.base import Importance
+from fastewc.importance.guards import wanted_parameters
 
 
 def uniform_importance(model: torch.nn.Module, exclude: Exclude = ()) -> Importance:
@@ -19,12 +20,10 @@ def uniform_importance(model: torch.nn.Module, exclude: Exclude = ()) -> Importa
         Ones of each parameter's shape and device, float32 (float64 for float64 parameters); ``num_samples`` is 1.
 
     Raises:
-        ValueError: nothing is trainable, or a pattern matches nothing.
-        NotImplementedError: DTensor parameters.
+        TypeError: model is no torch.nn.Module.
+        ValueError: nothing is trainable, a pattern matches nothing, or a lazy parameter has no shape yet.
+        NotImplementedError: DTensor, FSDP1 or complex parameters.
     """
-    parameters = exclude_parameters(trainable_parameters(model), exclude)
-    if not parameters:
-        raise ValueError("uniform_importance: the model has no trainable parameter that is not excluded")
-    refuse_dtensor(parameters, "uniform_importance")
+    parameters = wanted_parameters(model, exclude, "uniform_importance")
     values = {name: torch.ones_like(p, dtype=op_dtype(p), requires_grad=False) for name, p in parameters.items()}
     return Importance._of(values, 1, "uniform", dict.fromkeys(values, ("given", "one everywhere")))

@@ -35,13 +35,17 @@ class BatchOneSums:
         module: the module whose parameters they are; only asked for its other parameters, which a backward may reach.
         parameters: the parameters to differentiate by, under their names.
         power: 2 for Fisher, 1 for MAS.
+        foreign: modules that are not in ``module`` may take part in the forward.
     """
 
     path = "batch-1"
     reason = "one backward pass per sample through autograd"
 
-    def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter], power: int) -> None:
+    def __init__(
+        self, module: nn.Module, parameters: Mapping[str, nn.Parameter], power: int, *, foreign: bool = False
+    ) -> None:
         self.power = power
+        self._foreign = foreign
         self.sums = {
             name: torch.zeros_like(p, dtype=op_dtype(p), requires_grad=False) for name, p in parameters.items()
         }
@@ -82,6 +86,11 @@ class BatchOneSums:
 
     def _gradients_by_backward(self, term: Term, parameters: list[nn.Parameter]) -> list[Tensor | None]:
         """The same through ``.grad``: reentrant activation checkpointing refuses torch.autograd.grad."""
+        if self._foreign:  # what is used inside a checkpoint is not in the graph, so its .grad can't be put back
+            raise NotImplementedError(
+                "reentrant activation checkpointing together with forward= is not supported: the gradients of modules "
+                "other than the model could not be left alone. Use checkpoint(..., use_reentrant=False)."
+            )
         leaves: dict[int, Tensor] = {id(p): p for p in self._module.parameters()}
         for node in graph_nodes(term.value):
             if isinstance(leaf := getattr(node, "variable", None), Tensor):

@@ -1,9 +1,12 @@
 """What every importance pass reads, refuses, leaves alone and puts back."""
 
 import collections
+import collections.abc
+import functools
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -34,6 +37,10 @@ def same(a, b, roundings=200):
         assert_within_roundings(a[name], b[name].double(), roundings=roundings, context=name)
 
 
+def near(got, wanted):
+    assert_within_roundings(got, wanted.double(), roundings=200)
+
+
 # ── data ──
 
 
@@ -62,6 +69,7 @@ def test_max_samples_is_exact_and_stops_reading(importance):
     same(got, importance(model, [(x[:5], y[:5])]))
     assert got.num_samples == 5
     assert importance(model, [(x, y)], max_samples=100).num_samples == 7
+    assert importance(model, [(x, y)], max_samples=np.int64(5)).num_samples == 5
 
 
 @each_pass
@@ -145,7 +153,8 @@ def test_forward_cuts_everything_that_counts_samples():
     batch = [Pair(x, {"deep": x}), ["a", "b", "c"], y, torch.zeros(10)]
     got = fisher_importance(net(), [batch], forward=forward)
     same(got, fisher_importance(net(), [(2 * x, y)]))
-    assert seen == [(3, 3, ["a", "b", "c"], 3, 10), *((1, 1, [w], 1, 10) for w in "abc")]
+    # The whole batch and its first sample alone are the first look.
+    assert seen == [(3, 3, ["a", "b", "c"], 3, 10), *((1, 1, [w], 1, 10) for w in "aabc")]
 
 
 @pytest.mark.parametrize("result", [3, (1, 2, 3), (torch.ones(1, 3), "y")])
@@ -209,6 +218,80 @@ def test_class_dimension_must_be_last():
         fisher_importance(model, [(torch.randn(2, 2, 5), torch.zeros(2, 5, dtype=torch.long))])
     with pytest.raises(ValueError, match="bernoulli"):
         fisher_importance(nn.Linear(2, 1), [(torch.randn(2, 2), torch.zeros(2, dtype=torch.long))])
+
+
+@pytest.mark.parametrize("labels", ["dataset", "predicted", "sampled", "expected"])
+def test_class_dimension_must_be_last_whatever_the_labels(labels):
+    data = [(torch.randn(2, 2, 4), torch.zeros(2, 4, dtype=torch.long))]
+    with pytest.raises(ValueError, match="forward"):
+        fisher_importance(nn.Conv1d(2, 3, 1), data, labels=labels)
+    if labels != "dataset":
+        assert fisher_importance(nn.Conv1d(2, 3, 1), [data[0][0]], labels=labels).num_samples == 2
+
+
+@pytest.mark.parametrize("loss", ["categorical", "gaussian"])
+def test_an_unsigned_156_is_a_label(loss):
+    # In eight bits −100 is 156.
+    model, x = nn.Linear(4, 300).double(), xy()[0]
+    y = torch.full((6,) if loss == "categorical" else (6, 300), 156)
+    wanted = fisher_importance(model, [(x, y)], loss)
+    assert wanted["bias"].count_nonzero()
+    same(fisher_importance(model, [(x, y.to(torch.uint8))], loss), wanted)
+
+
+def test_an_unsigned_156_is_a_label_for_mas_and_signal():
+    x = torch.randn(2, 156, 4, dtype=torch.float64)
+    y = torch.full((2, 156), 156, dtype=torch.uint8)
+    for importance in (mas_importance, signal_importance):
+        same(importance(net(), [(x, y)]), importance(net(), [x]))
+        same(importance(net(), [(x[:, 0], y[:, 0])]), importance(net(), [x[:, 0]]))
+
+
+def test_a_mapping_of_the_users_own_is_not_touched():
+    class Record(collections.abc.MutableMapping):
+        def __init__(self, **parts):
+            self.parts = parts
+
+        def __getitem__(self, key):
+            return self.parts[key]
+
+        def __setitem__(self, key, value):
+            self.parts[key] = value
+
+        def __delitem__(self, key):
+            del self.parts[key]
+
+        def __iter__(self):
+            return iter(self.parts)
+
+        def __len__(self):
+            return len(self.parts)
+
+    x, y = xy()
+    batch = Record(input=x, labels=y)
+    same(fisher_importance(net(), [batch]), fisher_importance(net(), [(x, y)]))
+    assert batch["input"] is x
+    ordered = collections.OrderedDict(input=x, labels=y)
+    kinds = set()
+    fisher_importance(net(), [ordered], forward=lambda m, b: (kinds.add(type(b)) or m(b["input"]), b["labels"]))
+    assert kinds == {collections.OrderedDict}
+
+
+def test_attention_mask_masks_positions_never_entries():
+    class Model(nn.Linear):
+        def forward(self, input, attention_mask):
+            return super().forward(input)
+
+    torch.manual_seed(0)
+    model, x = Model(5, 5).double(), torch.randn(2, 5, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    for options in ({"loss": "bernoulli", "labels": "expected"}, {"loss": "gaussian", "labels": "expected"}):
+        wanted = fisher_importance(model, [{"input": x, "attention_mask": torch.ones_like(mask)}], **options)
+        same(fisher_importance(model, [{"input": x, "attention_mask": mask}], **options), wanted)
+        wide = {"input": x[:, None].expand(2, 5, 5), "attention_mask": mask}
+        keep = mask.double().sum() / 2
+        got = fisher_importance(model, [wide], loss="gaussian", labels="expected")
+        near(got["bias"], torch.ones(5).double() * keep)
 
 
 @pytest.mark.parametrize(
@@ -282,10 +365,13 @@ def test_exclude(importance):
     assert all(torch.equal(part[name], whole[name]) for name in part)
     with pytest.raises(ValueError, match="nope"):
         importance(net(), [xy()], exclude=("*.bias", "nope"))
-    with pytest.raises(ValueError, match="no parameter"):
+    with pytest.raises(ValueError, match="no trainable parameter"):
         importance(net(), [xy()], exclude="*")
-    with pytest.raises(ValueError, match="no parameter"):
+    with pytest.raises(ValueError, match="no trainable parameter"):
         importance(net().requires_grad_(False), [xy()])
+    frozen = net()
+    frozen[0].requires_grad_(False)
+    assert list(importance(frozen, [xy()], exclude="0.*")) == ["2.weight", "2.bias"]
 
 
 @each_pass
@@ -425,7 +511,7 @@ def test_state_is_untouched_after_an_error(importance):
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, "model", "critic"])
 def test_a_critic_keeps_its_gradients(checkpointed):
     generator, critic = net(), nn.Linear(3, 1).double()
     grads = {p: torch.full_like(p, 7.0) for p in critic.parameters()}
@@ -433,10 +519,12 @@ def test_a_critic_keeps_its_gradients(checkpointed):
         p.grad = grad
 
     def forward(model, batch):
-        if checkpointed:
-            hidden = torch.utils.checkpoint.checkpoint(model[0], batch.requires_grad_(), use_reentrant=True)
-            return critic(model[2](model[1](hidden))), None
-        return critic(model(batch)), None
+        first, last = model, critic
+        if checkpointed == "model":
+            first = functools.partial(torch.utils.checkpoint.checkpoint, model, use_reentrant=False)
+        if checkpointed == "critic":
+            last = functools.partial(torch.utils.checkpoint.checkpoint, critic, use_reentrant=False)
+        return last(first(batch)), None
 
     got = mas_importance(generator, [xy()[0]], forward=forward)
     assert list(got) == ["0.weight", "0.bias", "2.weight", "2.bias"]
@@ -445,17 +533,123 @@ def test_a_critic_keeps_its_gradients(checkpointed):
     assert all(p.grad is None for p in generator.parameters())
 
 
-def test_reentrant_checkpoint_with_an_optimizer_in_backward_is_refused():
-    model = net()
-    handle = model[0].weight.register_post_accumulate_grad_hook(lambda p: p.data.zero_())
+def test_reentrant_checkpoint_of_a_critic_is_refused():
+    # The critic's parameters are not in the graph of the output, so their .grad could not be put back.
+    model, critic = net(), nn.Linear(3, 1).double()
 
     def forward(m, x):
-        return m[2](torch.utils.checkpoint.checkpoint(m[1], m[0](x), use_reentrant=True)), None
+        return torch.utils.checkpoint.checkpoint(critic, m(x), use_reentrant=True), None
 
     with pytest.raises(NotImplementedError, match="use_reentrant=False"):
         mas_importance(model, [xy()[0]], forward=forward)
+    assert critic.weight.grad is None
+
+
+def test_reentrant_checkpoint_with_an_optimizer_in_backward_is_refused():
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            return self[2](torch.utils.checkpoint.checkpoint(self[1], self[0](x), use_reentrant=True))
+
+    model = Checkpointed(*net())
+    same(mas_importance(model, [xy()[0]]), mas_importance(net(), [xy()[0]]))
+    handle = model[0].weight.register_post_accumulate_grad_hook(lambda p: p.data.zero_())
+    with pytest.raises(NotImplementedError, match="use_reentrant=False"):
+        mas_importance(model, [xy()[0]])
     assert model[0].weight.count_nonzero() == 20
     handle.remove()
+
+
+def test_gradient_hooks_are_refused():
+    model = net()
+    handle = model[0].weight.register_hook(lambda grad: grad * 0)
+    for importance in (fisher_importance, mas_importance):
+        with pytest.raises(ValueError, match=r"'0\.weight'"):
+            importance(model, [xy()])
+        assert importance(model, [xy()], exclude="0.weight").num_samples == 6
+    assert signal_importance(model, [xy()]).num_samples == 6
+    handle.remove()
+
+
+@each_pass
+def test_a_buffer_that_was_none_is_none_again(importance):
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+            self.register_buffer("seen", None)
+
+        def forward(self, x):
+            self.seen = x
+            return self.net(x)
+
+    model = Lazy()
+    importance(model, [xy()])
+    assert model.seen is None
+    assert "seen" in model._buffers
+
+
+# ── forwards that mix samples ──
+
+
+class Standardised(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.net, self.dim = net(), dim
+
+    def forward(self, x):
+        hidden = self.net[1](self.net[0](x))
+        mean, std = hidden.mean(self.dim, keepdim=True), hidden.std(self.dim, keepdim=True, correction=0)
+        return self.net[2]((hidden - mean) / (std + 1e-3))
+
+
+@each_pass
+def test_a_forward_that_mixes_samples_is_refused(importance):
+    with pytest.raises(ValueError, match=r"mixes samples.*statistics"):
+        importance(Standardised(0), [xy()])
+    x, y = xy()
+    assert importance(Standardised(0), [(x[i : i + 1], y[i : i + 1]) for i in range(6)]).num_samples == 6
+    assert importance(Standardised(0), [xy()], allow_dropout=True).num_samples == 6
+    assert importance(Standardised(1), [xy()]).num_samples == 6
+
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.lin = nn.Conv1d(1, 5, 2), nn.Linear(5, 3)
+
+        def forward(self, x):
+            h = nn.functional.batch_norm(self.conv(x[:, None].float()), None, None, training=True)
+            return self.lin(h.relu().mean(-1))
+
+    with pytest.raises(ValueError, match="mixes samples"):
+        importance(Functional().eval(), [xy()])
+
+
+@each_pass
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_roundings_of_other_batch_sizes_are_not_mixing(importance, dtype):
+    layers = [layer for _ in range(12) for layer in (nn.Linear(64, 64), nn.Tanh())]
+    model = nn.Sequential(*layers, nn.Linear(64, 3)).eval().to(dtype)
+    x, y = torch.randn(17, 64).to(dtype), torch.randint(0, 3, (17,))
+    assert importance(model, [(x, y)]).num_samples == 17
+    with torch.autocast("cpu", torch.bfloat16):
+        assert importance(model, [(x, y)], max_samples=16).num_samples == 16
+
+
+def test_padded_batches_are_not_mixing():
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    lengths = torch.tensor([3, 5, 1])
+    x, padding = torch.randn(3, 5, 4), torch.arange(5) >= lengths[:, None]
+
+    def forward(m, batch):
+        return m(batch[0], src_key_padding_mask=batch[1]), None
+
+    def trimmed(m, batch):  # to the longest of the batch: another shape alone
+        longest = int((~batch[1]).sum(1).max())
+        return m(batch[0][:, :longest], src_key_padding_mask=batch[1][:, :longest]), None
+
+    for call in (forward, trimmed):
+        assert mas_importance(model, [(x, padding)], forward=call).num_samples == 3
 
 
 @each_pass

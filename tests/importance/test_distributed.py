@@ -82,6 +82,10 @@ def one_rank_fails(rank):
     for fail in (
         lambda: fisher_importance(net(), [(x, bad if rank else y)]),
         lambda: mas_importance(net(), 3 if rank else [x]),
+        lambda: fisher_importance(net(), [(x, y)], max_samples=0 if rank else None),
+        lambda: fisher_importance(net(), [(x, y)], impl="fast" if rank else "auto"),
+        lambda: fisher_importance(net(), [(x, y)], exclude="nope" if rank else ()),
+        lambda: signal_importance((lambda x: x) if rank else net(), [x], exclude="spare"),
     ):
         try:
             fail()
@@ -98,6 +102,16 @@ def ranks_disagree(rank):
     x, y = data()
     with pytest.raises(RuntimeError, match="same importance pass"):
         fisher_importance(net(), [(x, y)], exclude="spare" if rank else ())
+
+
+def only_one_is_a_member(rank):
+    x, y = data()
+    group = dist.new_group([0])
+    if rank:
+        with pytest.raises(ValueError, match="not a member"):
+            fisher_importance(net(), [(x, y)], process_group=group)
+    else:
+        assert fisher_importance(net(), [(x, y)], process_group=group).num_samples == 7
 
 
 def nobody_has_samples(rank):
@@ -126,6 +140,7 @@ def test_two_ranks():
         used_on_one_rank_only,
         one_rank_fails,
         ranks_disagree,
+        only_one_is_a_member,
         nobody_has_samples,
     ]
     with socket.socket() as free:

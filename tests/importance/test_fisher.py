@@ -71,6 +71,21 @@ def test_by_hand():
         assert got.report["a"][0] == "batch-1"
 
 
+@pytest.mark.parametrize("offset", [1e4, 1e8, 1e20])
+def test_gaussian_draws_do_not_drown_in_a_large_output(offset):
+    # y = f + ε, so the gradient by the bias is −ε whatever f is.
+    model = nn.Linear(1, 1)
+    nn.init.zeros_(model.weight)
+
+    def drawn(bias):
+        nn.init.constant_(model.bias, bias)
+        generator = torch.Generator().manual_seed(0)
+        return fisher_importance(model, [torch.ones(200, 1)], "gaussian", "sampled", generator=generator)["bias"]
+
+    assert 0.7 < drawn(0.0).item() < 1.3
+    assert torch.equal(drawn(offset), drawn(0.0))
+
+
 def test_squares_are_per_sample_not_of_the_mean():
     # Two samples with opposite gradients: the square of the mean gradient would be 0.
     x = torch.tensor([1.0, -1.0])

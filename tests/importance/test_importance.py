@@ -3,12 +3,15 @@
 import copy
 import math
 import pickle
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from fastewc import Importance, uniform_importance
+from fastewc.files import save_tensors
 from fastewc.testing import assert_within_roundings
 
 
@@ -37,6 +40,9 @@ def test_holds_what_it_was_given():
         (torch.tensor([-1e-9]), ValueError),
         (torch.tensor([1]), TypeError),
         (1.0, TypeError),
+        (torch.ones(2, 2).to_sparse(), TypeError),
+        (torch.ones(2, device="meta"), TypeError),
+        (torch.ones(2).to(torch.float8_e4m3fn), TypeError),
     ],
 )
 def test_refuses_bad_values_by_name(value, error):
@@ -116,6 +122,20 @@ def test_scale_first_match_wins():
         a.scale({"*": "2"})
     with pytest.raises(TypeError):
         a.scale(2.0)
+    with pytest.raises(ValueError, match=r"head\.weight.*too large"):
+        a.scale({"*": 1e300})
+    for half in (np.float32(0.5), np.float64(0.5), Fraction(1, 2)):
+        assert a.scale({"*": half})["head.bias"].item() == 0.5
+
+
+def test_arithmetic_keeps_metadata():
+    a, b = imp(w=[1.0]), imp(w=[3.0])
+    a.metadata.update(task="one", mine="a")
+    b.metadata.update(task="two", theirs="b")
+    for made in (a.normalize(), a.scale({"w": 2.0}), a.rename({"w": "v"}), a.copy()):
+        assert made.metadata == {"task": "one", "mine": "a"}
+        assert made.metadata is not a.metadata
+    assert a.merge(b).metadata == {"task": "one", "mine": "a", "theirs": "b"}
 
 
 def test_rename():
@@ -124,9 +144,9 @@ def test_rename():
     assert list(swapped) == ["b", "a"]
     assert swapped["b"].item() == 1.0
     assert list(swapped.report) == ["b", "a"]
-    with pytest.raises(ValueError, match="'c'"):
+    with pytest.raises(ValueError, match="c is not"):
         a.rename({"c": "d"})
-    with pytest.raises(ValueError, match="'b'"):
+    with pytest.raises(ValueError, match="become b"):
         a.rename({"a": "b"})
     with pytest.raises(TypeError):
         a.rename({"a": 1})
@@ -181,6 +201,59 @@ def test_files_refuse(tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"a\.safetensors"):
         Importance.load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_samples": "3"},
+        {"num_samples": -3},
+        {"num_samples": None},
+        {"method": 3},
+        {"report": {"w": "ab"}},
+        {"report": {"w": ["nowhere", "why"]}},
+        {"report": ["w"]},
+        {"metadata": 3},
+    ],
+    ids=str,
+)
+def test_damaged_headers(tmp_path, change):
+    path = tmp_path / "a.safetensors"
+    tensors = {"w": torch.ones(2)}
+    header = {"num_samples": 1, "method": "m", "report": {"w": ["given", "why"]}, "metadata": {}}
+    save_tensors(path, tensors, header, "importance")
+    assert Importance.load(path).report == {"w": ("given", "why")}
+    save_tensors(path, tensors, header | change, "importance")
+    with pytest.raises(ValueError, match=r"a\.safetensors"):
+        Importance.load(path)
+    save_tensors(path, {"w": -torch.ones(2)}, header, "importance")
+    with pytest.raises(ValueError, match=r"a\.safetensors.*'w'"):
+        Importance.load(path)
+
+
+def test_a_name_that_safetensors_keeps_for_itself(tmp_path):
+    odd = Importance({"__metadata__": torch.ones(1)}, num_samples=1, method="m")
+    with pytest.raises(ValueError, match="__metadata__"):
+        odd.save(tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_uniform_refuses_what_the_passes_refuse():
+    with pytest.raises(ValueError, match="lazy"):
+        uniform_importance(nn.LazyLinear(3))
+    with pytest.raises(NotImplementedError, match="complex"):
+        uniform_importance(nn.Linear(2, 2, dtype=torch.complex64))
+
+    class FullyShardedDataParallel(nn.Linear):  # recognised by name, wherever it stands
+        pass
+
+    with pytest.raises(NotImplementedError, match="FullyShardedDataParallel"):
+        uniform_importance(nn.Sequential(FullyShardedDataParallel(2, 2)))
+    with pytest.raises(TypeError, match="Module"):
+        uniform_importance(lambda x: x)
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5)).train()  # any mode will do
+    model[0].requires_grad_(False)
+    assert list(uniform_importance(model, exclude=("0.*", "*.bias"))) == ["1.weight"]
 
 
 def test_uniform():

@@ -1,6 +1,7 @@
 """MAS (E6): hand-worked numbers and the absolute value per sample."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -77,6 +78,45 @@ def test_targets_are_not_needed_but_mask():
     y[1, 2] = y[3, 0] = -100
     oracle = naive(model, lambda i: model(x[i])[y[i] != -100].square().sum(), 4)
     assert_importance(mas_importance(model, [(x, y)]), oracle)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 3)])
+def test_elementwise_targets_mask_entries(shape):
+    model = net() if len(shape) == 2 else nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)).double()
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    y.view(-1)[[0, 2]] = -100
+
+    def norms(i):
+        return model(x[i : i + 1]).reshape(-1)[y[i].reshape(-1) != -100].square().sum()
+
+    assert_importance(mas_importance(model, [(x, y)]), naive(model, norms, 5))
+    if len(shape) == 2:
+        with pytest.raises(ValueError, match="softmax"):
+            mas_importance(model, [(x, y)], output="softmax")
+        assert mas_importance(model, [(x, y * 0)], output="softmax").num_samples == 5
+
+
+def test_class_dimension_must_be_last():
+    conv, x = nn.Conv1d(2, 3, 1), torch.randn(2, 2, 5)
+    y = torch.zeros(2, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match="forward"):
+        mas_importance(conv, [(x, y)], output="softmax")
+    assert mas_importance(conv, [(x, y)]).num_samples == 2
+    y[0, 0] = -100  # would not be found in [N, C]
+    with pytest.raises(ValueError, match="forward"):
+        mas_importance(conv, [(x, y)])
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_the_seed_comes_from_the_asked_implementation(monkeypatch, impl):
+    asked = []
+    module = sys.modules["fastewc.importance.mas"]
+    seed = module.squared_norm_grad
+    monkeypatch.setattr(
+        module, "squared_norm_grad", lambda y, output, impl: asked.append(impl) or seed(y, output, impl)
+    )
+    mas_importance(net(), [torch.ones(1, 4, dtype=torch.float64)], impl=impl)
+    assert asked == [impl]
 
 
 def test_one_output_without_a_class_dimension():

@@ -113,6 +113,150 @@ def test_without_a_direct_activation_the_output_itself_counts():
         near(signal_importance(model, [x])["lin.bias"], model.lin(x).double().abs().mean(0))
 
 
+@pytest.mark.parametrize(
+    "activation",
+    [
+        torch.square, torch.atan, torch.sinh, torch.abs, F.softsign, lambda h: h**2, lambda h: h.pow(3),
+        lambda h: torch.clip(h, 0, 1), lambda h: h.clamp_max(0), lambda h: h.clamp_min(0), lambda h: h.sigmoid_(),
+    ],
+)  # fmt: skip
+def test_functional_activations(activation):
+    class Model(nn.Linear):
+        def forward(self, x):
+            return activation(super().forward(x)) @ torch.ones(4, 2)
+
+    model, x = Model(3, 4), torch.randn(5, 3)
+    with torch.no_grad():
+        near(signal_importance(model, [x])["bias"], activation(F.linear(x, model.weight, model.bias)).abs().mean(0))
+
+
+def write_through_a_view(h):
+    h[:, :1] += 5
+    return torch.relu(h)
+
+
+def write_through_another_view(h):
+    view = h.view(-1)
+    view += 5
+    return torch.relu(h)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        lambda h: h * torch.sigmoid(h),  # a hand-written SiLU
+        lambda h: torch.sigmoid(h) * h,
+        lambda h: h * F.softplus(h).tanh(),
+        lambda h: torch.where(h > 0, h, 0.1 * h),
+        lambda h: h + torch.relu(h),
+        lambda h: torch.relu(F.layer_norm(h, (4,))) + h,
+        lambda h: torch.relu(h) + torch.tanh(h),
+        write_through_a_view,
+        write_through_another_view,
+    ],
+)
+def test_with_another_reader_the_output_itself_counts(behind):
+    class Model(nn.Linear):
+        def forward(self, x):
+            return behind(super().forward(x)).sum(-1, keepdim=True)
+
+    model, x = Model(3, 4), torch.randn(5, 3)
+    with torch.no_grad():
+        near(signal_importance(model, [x])["bias"], F.linear(x, model.weight, model.bias).double().abs().mean(0))
+
+
+def test_shapes_and_dtypes_are_no_readers():
+    class Model(nn.Linear):
+        def forward(self, x):
+            assert self.weight.dtype == x.dtype
+            assert self.weight.size(1) == self.weight.shape[1] == x.shape[-1]
+            h = super().forward(x.to(self.weight.device))
+            assert h.size() == (*x.shape[:-1], h.shape[-1])
+            return torch.relu(h.to(h.dtype).contiguous())
+
+    model, x = Model(3, 4), torch.randn(5, 3)
+    with torch.no_grad():
+        near(signal_importance(model, [x])["bias"], model(x).double().abs().mean(0))
+
+
+@pytest.mark.parametrize("read", [lambda p: p.item(), lambda p: p.tolist(), float, lambda p: p.detach().numpy().item()])
+def test_a_parameter_read_as_a_number_is_a_use(read):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.scale = nn.Linear(3, 3), nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x):
+            return self.lin(x) * read(self.scale)
+
+    with pytest.raises(NotImplementedError, match="'scale'"):
+        signal_importance(Scaled(), [torch.randn(2, 3)])
+
+
+def test_all_offending_parameters_are_named_at_once():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.PReLU(), nn.Linear(3, 2))
+    with pytest.raises(NotImplementedError, match=r"exclude=\['1\.weight', '1\.bias', '2\.weight'\]"):
+        signal_importance(model, [torch.randn(2, 3)])
+    assert signal_importance(model, [torch.randn(2, 3)], exclude=["1.weight", "1.bias", "2.weight"]).num_samples == 2
+
+
+class Convolved(nn.Module):
+    """A causal convolution over time behind a linear layer; time first or batch first inside."""
+
+    def __init__(self, stride=1):
+        super().__init__()
+        self.lin, self.conv = nn.Linear(3, 2), nn.Conv1d(2, 4, 3, stride)
+
+    def forward(self, inputs_embeds, attention_mask=None):
+        h = self.lin(inputs_embeds.transpose(0, 1)).permute(1, 2, 0)  # [T, N, ·] inside
+        return torch.relu(self.conv(F.pad(h, (2, 0)))).transpose(1, 2)
+
+
+@pytest.mark.parametrize("steps", [5, 3], ids=["T=5", "T=N"])
+def test_masks_of_convolutions_and_of_time_first_layers(steps):
+    model, x = Convolved(), torch.randn(3, steps, 3)
+    keep = torch.ones(3, steps, dtype=torch.long)
+    keep[0, 2:] = keep[1, 1:] = 0
+    got = signal_importance(model, [{"inputs_embeds": x, "attention_mask": keep}])
+    labelled = signal_importance(model, [(x, keep * 101 - 100)])
+    with torch.no_grad():
+        windows = F.pad(model.lin(x).double().transpose(1, 2), (2, 0)).unfold(2, 3, 1)  # [N, I, T, K]
+        met = (windows.abs() * keep[:, None, :, None]).sum((0, 2)) / 3
+        wanted = {
+            "lin.weight": model.lin.weight.double().abs() * (x.double().abs() * keep[..., None]).sum((0, 1)) / 3,
+            "lin.bias": (model.lin(x).double().abs() * keep[..., None]).sum((0, 1)) / 3,
+            "conv.weight": model.conv.weight.double().abs() * met,
+            "conv.bias": (model(x).double() * keep[..., None]).sum((0, 1)) / 3,
+        }
+    for name, value in wanted.items():
+        near(got[name], value)
+        near(labelled[name], value)
+
+
+def test_a_mask_that_a_convolution_cannot_take():
+    model, x = Convolved(stride=2), torch.randn(3, 5, 3)
+    keep = torch.ones(3, 5, dtype=torch.long)
+    batch = {"inputs_embeds": x, "attention_mask": keep}
+    for name, value in signal_importance(model, [batch]).items():
+        near(value, signal_importance(model, [x])[name].double())
+    keep[1, 3:] = 0
+    with pytest.raises(NotImplementedError, match="convolution"):
+        signal_importance(model, [batch])
+    assert signal_importance(model, [batch], exclude="conv.*").num_samples == 3
+
+
+def test_segmentation_labels_mask_a_convolution():
+    model, x = nn.Conv2d(2, 3, 1), torch.randn(2, 2, 3, 4)
+    y = torch.zeros(2, 3, 4, dtype=torch.long)
+    y[0, 1] = -100
+    keep = (y != -100)[:, None]
+    got = signal_importance(model, [(x, y)])
+    with torch.no_grad():
+        near(got["bias"], (model(x).double().abs() * keep).sum((0, 2, 3)) / 2)
+        inputs = (x.double().abs() * keep).sum((0, 2, 3)) / 2
+        near(got["weight"], model.weight.double().abs() * inputs[:, None, None])
+
+
 def test_softmax_counts_only_where_it_is_returned():
     x = torch.randn(5, 3)
     returned = nn.Sequential(nn.Linear(3, 4), nn.Softmax(-1))

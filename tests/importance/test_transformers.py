@@ -36,6 +36,14 @@ def tiny(name):
     elif name == "bert_tokens":
         config = transformers.BertConfig(vocab_size=13, max_position_embeddings=9, num_labels=3, **sizes)
         model = transformers.BertForTokenClassification(config)
+    elif name in ("m2m100", "blenderbot"):
+        family = {"m2m100": "M2M100", "blenderbot": "Blenderbot"}[name]
+        config = getattr(transformers, f"{family}Config")(
+            vocab_size=13, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=16, pad_token_id=0,
+            bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+        )  # fmt: skip
+        model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
     elif name == "t5":
         config = transformers.T5Config(
             vocab_size=13,
@@ -63,7 +71,7 @@ def batch_for(name, n=3):
     if name == "bert_classes":
         return batch | {"labels": torch.randint(0, 3, (n,))}
     labels = torch.randint(0, 3, (n, 5)) if name == "bert_tokens" else ids.clone()
-    if name == "t5":
+    if name in ("t5", "m2m100", "blenderbot"):
         labels = torch.randint(1, 13, (n, 4))
     labels[0, 1] = labels[1, 3:] = -100
     return batch | {"labels": labels}
@@ -97,8 +105,12 @@ def assert_importance(got, oracle):
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt2", "llama", "bart_decoder", "bert_masked", "bert_classes", "bert_tokens", "t5", "vit"]
-)
+    "name",
+    [
+        "gpt2", "llama", "bart_decoder", "bert_masked", "bert_classes", "bert_tokens", "t5", "m2m100", "blenderbot",
+        "vit",
+    ],
+)  # fmt: skip
 def test_matches_the_models_own_loss(name):
     model, batch = tiny(name), batch_for(name)
     shift = name in ("gpt2", "llama")
@@ -162,6 +174,143 @@ def test_shift_only_for_decoders_whose_loss_shifts():
     assert shifts_labels(LlavaForConditionalGeneration(False))
     assert not shifts_labels(LlavaForConditionalGeneration(True))
     assert not shifts_labels(nn.Linear(1, 1))
+
+
+def test_shift_by_the_loss_that_the_forward_calls():
+    class ForSomethingNew(transformers.PreTrainedModel):  # a name that says nothing
+        def __init__(self, loss_type):
+            super().__init__(transformers.PretrainedConfig())
+            self.loss_type = loss_type
+
+        def forward(self, labels):
+            return self.loss_function(labels)
+
+    class ThatCallsNone(ForSomethingNew):
+        loss_function = transformers.loss.loss_utils.ForCausalLMLoss
+
+        def forward(self, labels):
+            return labels
+
+    assert shifts_labels(ForSomethingNew(None))  # transformers' default
+    assert shifts_labels(ForSomethingNew("ForCausalLM"))
+    assert not shifts_labels(ForSomethingNew("ForMaskedLM"))
+    encoder_decoder = ForSomethingNew("ForCausalLM")
+    encoder_decoder.config.is_encoder_decoder = True
+    assert not shifts_labels(encoder_decoder)
+    # Its forward does not call the loss, so the default in transformers' base class says nothing.
+    assert not shifts_labels(transformers.BertForPreTraining(tiny("bert_masked").config))
+
+
+def test_idefics_shifts_like_its_own_loss():
+    vision = {
+        "embed_dim": 8,
+        "image_size": 8,
+        "patch_size": 4,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    config = transformers.IdeficsConfig(
+        vocab_size=13, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        cross_layer_interval=1, additional_vocab_size=0, use_resampler=False, max_position_embeddings=16,
+        pad_token_id=0, vision_config=vision,
+    )  # fmt: skip
+    model = transformers.IdeficsForVisionText2Text(config).double().eval()
+    ids = torch.randint(1, 13, (2, 6))
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(2, 1, 3, 8, 8, dtype=torch.float64),
+        "image_attention_mask": torch.ones(2, 6, 1, dtype=torch.long),
+        "labels": ids,
+    }
+    got = fisher_importance(model, [batch])
+    assert_importance(got, by_own_loss(model, batch, lambda labels: labels[:, 1:].numel()))
+
+
+def test_uint8_labels_shift_too():
+    model, batch = tiny("gpt2"), batch_for("gpt2")
+    batch["labels"] = batch["labels"].clamp(min=0)
+    wanted = fisher_importance(model, [batch])
+    got = fisher_importance(model, [batch | {"labels": batch["labels"].to(torch.uint8)}])
+    assert_importance(got, {n: v.double() for n, v in wanted.items()})
+
+
+def decoder_batch():
+    return {
+        "input_ids": torch.randint(1, 13, (2, 5)),
+        "attention_mask": torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]),
+        "decoder_input_ids": torch.randint(1, 13, (2, 5)),
+        "decoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]),
+    }
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_an_encoders_mask_does_not_mask_the_decoders_output(masked):
+    model, batch = tiny("t5"), decoder_batch()  # source and target of one length: shapes would not tell
+    if not masked:
+        batch.pop("decoder_attention_mask")
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    oracle = {n: torch.zeros(p.shape, dtype=torch.float64) for n, p in named.items()}
+    for i in range(2):
+        one = cut(batch, i)
+        keep = one.get("decoder_attention_mask", torch.ones(1, 5))
+        norm = model(**one).logits[keep != 0].square().sum()
+        for n, g in zip(named, torch.autograd.grad(norm, list(named.values())), strict=True):
+            oracle[n] += g.abs() / 2
+    assert_importance(mas_importance(model, [batch]), oracle)
+
+
+def test_an_encoders_mask_masks_the_encoder_in_signal():
+    model, batch = tiny("t5"), decoder_batch()
+    exclude = ("shared.*", "*norm*", "*relative_attention_bias*")
+    with pytest.raises(NotImplementedError, match="same length"):
+        signal_importance(model, [batch], exclude=exclude)
+    batch["decoder_input_ids"] = batch["decoder_input_ids"][:, :4]
+    batch["decoder_attention_mask"] = batch["decoder_attention_mask"][:, 1:]
+    got = signal_importance(model, [batch], exclude=exclude)
+    for side, mask in (("encoder", "attention_mask"), ("decoder", "decoder_attention_mask")):
+        seen = []
+        layer = getattr(model, side).block[0].layer[0].SelfAttention.q
+        handle = layer.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0]))
+        with torch.no_grad():
+            model(**batch)
+        handle.remove()
+        inputs = (seen[0].abs() * batch[mask][..., None]).sum((0, 1)) / 2
+        name = f"{side}.block.0.layer.0.SelfAttention.q.weight"
+        assert_within_roundings(got[name], layer.weight.detach().abs() * inputs, roundings=200, context=name)
+
+
+def test_decoder_inputs_that_cannot_be_made():
+    class Translator(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(1, 3)
+            self.config = transformers.PretrainedConfig(is_encoder_decoder=True)
+
+        def forward(self, input_ids, decoder_input_ids=None):
+            ids = input_ids if decoder_input_ids is None else decoder_input_ids
+            return self.lin(ids[..., None].float())
+
+    batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.zeros(2, 4, dtype=torch.long)}
+    with pytest.raises(ValueError, match=r"decoder_input_ids.*forward"):
+        fisher_importance(Translator(), [batch])
+    assert fisher_importance(Translator(), [batch | {"decoder_input_ids": batch["labels"]}]).num_samples == 2
+    classes = {"input_ids": batch["input_ids"], "labels": torch.zeros(2, dtype=torch.long)}
+    assert (
+        fisher_importance(Translator(), [classes], lambda out, y: out.logsumexp(-1).sum(1)).num_samples == 2
+    )  # labels of whole samples are no decoder's
+
+
+def test_activations_written_out_by_transformers():
+    from transformers.activations import ACT2FN
+
+    layer, x = nn.Linear(3, 4).double(), 3 * torch.randn(5, 3, dtype=torch.float64)
+    for name in ("gelu_new", "relu2", "quick_gelu", "gelu_10", "laplace"):
+        model = nn.Sequential(layer, ACT2FN[name]).double().eval()
+        got = signal_importance(model, [x])
+        with torch.no_grad():
+            assert_within_roundings(got["0.bias"], model(x).abs().mean(0), roundings=200, context=name)
 
 
 def test_signal_of_gpt2():
