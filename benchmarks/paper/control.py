@@ -3,7 +3,7 @@
     python -m benchmarks.paper.control --data-root PATH [--ewc-lambda 82 [--stabilized]] [--runs 3]
 
 Where a row of ``permuted_mnist`` misses the paper's number, this decides whether our code differs from the protocol:
-the penalty is an autograd term of the loss, the Fisher a loop over single samples, the data comes from a shuffling
+the penalty is an autograd term of the loss, importances a loop over single samples, the data comes from a shuffling
 DataLoader, and one Adam lives through all runs, as in the published script.
 """
 
@@ -22,13 +22,14 @@ from benchmarks.results_row import ROOT, machine, row, write
 LR, BATCH, EPOCHS, TASKS, LAST = 1e-3, 100, 6, 10, 5_000
 
 
-def fisher(net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
-    """The mean over samples of the squared gradient of log p(y|x), one sample at a time."""
+def importance(kind: str, net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """Fisher: the mean of (∂ log p(y|x))²; MAS: the mean of |∂ ‖softmax‖²|; one sample at a time."""
     total = [torch.zeros_like(p) for p in net.parameters()]
     for image, label in zip(x, y, strict=True):
-        log_p = nn.functional.log_softmax(net(image[None]), dim=1)[0, label]
-        for t, g in zip(total, torch.autograd.grad(log_p, list(net.parameters())), strict=True):
-            t += g**2
+        log_p = nn.functional.log_softmax(net(image[None]), dim=1)[0]
+        value = log_p[label] if kind == "fisher" else (log_p.exp() ** 2).sum()
+        for t, g in zip(total, torch.autograd.grad(value, list(net.parameters())), strict=True):
+            t += g**2 if kind == "fisher" else g.abs()
     return [t / len(x) for t in total]
 
 
@@ -37,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", help="folder with MNIST/raw (default: FASTEWC_DATA)")
     parser.add_argument("--ewc-lambda", type=float, default=0.0, help="0 is no protection")
+    parser.add_argument("--importance", choices=["fisher", "mas"], default="fisher")
     parser.add_argument("--stabilized", action="store_true")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--permutations", type=int, default=PERMUTATION_SEED)
@@ -68,13 +70,18 @@ def main() -> None:
                     loss.backward()
                     adam.step()
             if args.ewc_lambda and task < TASKS - 1:
-                omega = [o + f for o, f in zip(omega, fisher(net, x[-LAST:], data.train_y[-LAST:]), strict=True)]
+                omega = [
+                    o + f
+                    for o, f in zip(
+                        omega, importance(args.importance, net, x[-LAST:], data.train_y[-LAST:]), strict=True
+                    )
+                ]
                 star = [p.detach().clone() for p in net.parameters()]
         with torch.no_grad():
             hits = [(net(data.test_x[:, order]).argmax(1) == data.test_y).double().mean().item() for order in orders]
         accuracies.append(sum(hits) / len(hits))
         print(f"run {len(accuracies) - 1}: {accuracies[-1]:.4f}", flush=True)
-        name = f"control/lambda {args.ewc_lambda:g}{' stabilized' if args.stabilized else ''}"
+        name = f"control/{args.importance} lambda {args.ewc_lambda:g}{' stabilized' if args.stabilized else ''}"
         mean = sum(accuracies) / len(accuracies)
         write(
             args.out, [row("paper", name, value=mean, unit="accuracy", runs=accuracies, permutations=args.permutations)]
