@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--importance", choices=["fisher", "mas"], default="fisher")
     parser.add_argument("--stabilized", action="store_true")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--permutations", type=int, default=PERMUTATION_SEED)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / machine() / "control.json")
@@ -48,7 +49,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     data = load_mnist(args.data_root)
     orders = pixel_orders(TASKS, data.train_x.shape[1], args.permutations)
-    torch.manual_seed(1234)
+    torch.manual_seed(args.seed)
     layers = [nn.Linear(784, 300), nn.LeakyReLU(), nn.Linear(300, 150), nn.LeakyReLU(), nn.Linear(150, 10)]
     net = nn.Sequential(*layers)
     adam = torch.optim.Adam(net.parameters(), lr=LR)
