@@ -177,7 +177,7 @@ class Changes:
         return any(vars(self).values())
 
     def __str__(self) -> str:
-        return listing(*((kind, found) for kind, found in vars(self).items())) or "no change"
+        return listing(*vars(self).items()) or "no change"
 
     def warn(self) -> None:
         """Name what changed, as a UserWarning; nothing if nothing did."""
@@ -355,8 +355,7 @@ def fit(
         )
         raise ValueError(
             f"what is held does not fit the model: {problems}. strict=False takes the model's parameters as they are "
-            f"(new "
-            "ones join with importance 0); rename={old: new} follows renamed ones."
+            "(new ones join with importance 0); rename={old: new} follows renamed ones."
         )
     return out_importance, out_anchor, changes
 

@@ -169,6 +169,17 @@ def test_before_the_first_task_steps_are_plain():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
+class Breaks(torch.optim.SGD):
+    """Its step() raises until it is mended."""
+
+    broken = True
+
+    def step(self, closure=None):
+        if self.broken:
+            raise OSError("boom")
+        return super().step(closure)
+
+
 OPTIMIZERS = [
     lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9, nesterov=True),
     lambda p: torch.optim.Adam(p, lr=LR, amsgrad=True),
@@ -212,14 +223,6 @@ def test_repeated_steps_on_one_gradient_do_not_pile_up():
 
 
 def test_a_step_that_raises_leaves_the_next_one_right():
-    class Breaks(torch.optim.SGD):
-        broken = True
-
-        def step(self, closure=None):
-            if self.broken:
-                raise OSError("boom")
-            return super().step(closure)
-
     model, ewc = held()
     grads = [p.grad for p in model.parameters()]
     opt = Breaks(model.parameters(), lr=LR)
@@ -290,10 +293,6 @@ def test_a_step_that_calls_its_base_class_acts_once(variant, closure):
 
 
 def test_gradients_that_were_changed_after_a_failed_step_are_refused():
-    class Breaks(torch.optim.SGD):
-        def step(self, closure=None):
-            raise OSError("boom")
-
     model, ewc = held()
     opt = Breaks(model.parameters(), lr=LR)
     ewc.attach(opt)
@@ -309,14 +308,6 @@ def test_gradients_that_were_changed_after_a_failed_step_are_refused():
 
 
 def test_a_failed_step_leaves_no_penalty_behind_with_two_of_them():
-    class Breaks(torch.optim.SGD):
-        broken = True
-
-        def step(self, closure=None):
-            if self.broken:
-                raise OSError("boom")
-            return super().step(closure)
-
     model, ewc = held()
     other = EWC(model, ewc_lambda=0.0, variant="plain")
     other.consolidate(importance_of(model))

@@ -50,8 +50,7 @@ def si_importance(
     """Synaptic-intelligence importance: Ω = max(ω, 0) / ((w − w_start)² + ξ), Zenke et al. 2017, eq. 5 (E7).
 
     ω = −Σ_steps g·(w⁺ − w), g the gradient of the task loss alone (unscaled, unclipped, before the penalty), w⁺ − w
-    what
-    the step really wrote.
+    what the step really wrote.
 
     Args:
         source: a fastewc optimizer made with ``path_integral=True``, or a :class:`PathIntegral`.
