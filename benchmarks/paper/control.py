@@ -10,6 +10,8 @@ DataLoader, and one Adam lives through all runs, as in the published script.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,6 +33,49 @@ def importance(kind: str, net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
         for t, g in zip(total, torch.autograd.grad(value, list(net.parameters())), strict=True):
             t += g**2 if kind == "fisher" else g.abs()
     return [t / len(x) for t in total]
+
+
+@dataclass
+class Penalty:
+    """½ Σ c(w − w*)², c = λΩ or λΩ/(1 + αλΩ), as a term of the loss."""
+
+    ewc_lambda: float
+    stabilized: bool
+    omega: list[Tensor]
+    star: list[Tensor]
+
+    def __call__(self, net: nn.Module) -> Tensor:
+        """The term for the present weights."""
+        total = torch.zeros(())
+        for p, omega, star in zip(net.parameters(), self.omega, self.star, strict=True):
+            strength = self.ewc_lambda * omega
+            if self.stabilized:
+                strength = strength / (1 + LR * strength)
+            total = total + 0.5 * (strength * (p - star) ** 2).sum()
+        return total
+
+
+def learn(
+    net: nn.Module, adam: torch.optim.Optimizer, batches: Iterable[Sequence[Tensor]], penalty: Penalty | None
+) -> None:
+    """One step for each batch of images and labels."""
+    for image, label in batches:
+        loss = nn.functional.cross_entropy(net(image), label)
+        if penalty is not None:
+            loss = loss + penalty(net)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+
+
+def consolidate(
+    kind: str, net: nn.Module, x: Tensor, y: Tensor, ewc_lambda: float, stabilized: bool, penalty: Penalty | None
+) -> Penalty:
+    """The penalty after one more task: importances are summed, the anchor is where the network is now."""
+    omega = importance(kind, net, x, y)
+    if penalty is not None:
+        omega = [old + new for old, new in zip(penalty.omega, omega, strict=True)]
+    return Penalty(ewc_lambda, stabilized, omega, [p.detach().clone() for p in net.parameters()])
 
 
 def main() -> None:
@@ -57,27 +102,15 @@ def main() -> None:
     for _ in range(args.runs):
         for layer in layers[::2]:
             layer.reset_parameters()
-        omega, star = [torch.zeros_like(p) for p in net.parameters()], None
+        penalty = None
         for task, order in enumerate(orders):
-            x = data.train_x[:, order]
-            strength = [args.ewc_lambda * o / (1 + LR * args.ewc_lambda * o if args.stabilized else 1) for o in omega]
+            x, y = data.train_x[:, order], data.train_y
             for _ in range(EPOCHS):
-                for image, label in DataLoader(TensorDataset(x, data.train_y), BATCH, shuffle=True):
-                    loss = nn.functional.cross_entropy(net(image), label)
-                    if star is not None and args.ewc_lambda:
-                        for p, s, old in zip(net.parameters(), strength, star, strict=True):
-                            loss = loss + 0.5 * (s * (p - old) ** 2).sum()
-                    adam.zero_grad()
-                    loss.backward()
-                    adam.step()
+                learn(net, adam, DataLoader(TensorDataset(x, y), BATCH, shuffle=True), penalty)
             if args.ewc_lambda and task < TASKS - 1:
-                omega = [
-                    o + f
-                    for o, f in zip(
-                        omega, importance(args.importance, net, x[-LAST:], data.train_y[-LAST:]), strict=True
-                    )
-                ]
-                star = [p.detach().clone() for p in net.parameters()]
+                penalty = consolidate(
+                    args.importance, net, x[-LAST:], y[-LAST:], args.ewc_lambda, args.stabilized, penalty
+                )
         with torch.no_grad():
             hits = [(net(data.test_x[:, order]).argmax(1) == data.test_y).double().mean().item() for order in orders]
         accuracies.append(sum(hits) / len(hits))

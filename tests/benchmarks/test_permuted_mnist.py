@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.paper import permuted_mnist, protocol
+from benchmarks.paper import control, permuted_mnist, protocol
 from benchmarks.paper.mnist_tasks import Split, load_mnist, pixel_orders
 from benchmarks.paper.protocol import ROWS, Protocol, Row, run_once
 from benchmarks.paper.run_store import Run, RunStore
+from fastewc.testing import assert_within_roundings
 
 SMALL = Protocol(tasks=3, epochs=2, batch=20, hidden=(16, 12), importance_samples=40)
 UNPROTECTED = ROWS["unprotected"]
@@ -113,6 +114,46 @@ def test_protection_keeps_the_first_task(kind: str, ewc_lambda: float) -> None:
     assert bare.per_task[0] < 0.5
     assert held.per_task[0] > bare.per_task[0] + 0.15
     assert held.accuracy == pytest.approx(sum(held.per_task) / 3)
+
+
+@pytest.mark.parametrize("name", ["unprotected", "fisher-stabilized-85", "fisher-plain-82", "mas-stabilized-8.5"])
+def test_the_control_takes_the_same_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given one start and one order of samples, a carried chain with and without fastewc is the same chain."""
+    data = Split(*(t.double() if t.is_floating_point() else t for t in vars(prototypes()).values()))
+    row, numbers = ROWS[name], Protocol(tasks=3, epochs=2, batch=20, hidden=(12,), importance_samples=30)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        outcome = run_once(row, data, seed=0, protocol=numbers)
+        outcome = run_once(row, data, seed=1, protocol=numbers, adam_state=outcome.adam_state)
+        net = protocol.build_mlp(36, numbers.hidden, 10)
+        adam = torch.optim.Adam(net.parameters(), lr=control.LR)
+        for seed in range(2):
+            torch.manual_seed(seed)
+            for layer in net[::2]:
+                layer.reset_parameters()
+            order, penalty = torch.Generator().manual_seed(10_000 + seed), None
+            for k, pixels in enumerate(pixel_orders(numbers.tasks, 36, numbers.permutations)):
+                x, y = data.train_x[:, pixels], data.train_y
+                for _ in range(numbers.epochs):
+                    batches = torch.randperm(len(y), generator=order).split(numbers.batch)
+                    control.learn(net, adam, ((x[index], y[index]) for index in batches), penalty)
+                if row.importance and k < numbers.tasks - 1:
+                    stabilized = row.variant == "stabilized"
+                    penalty = control.consolidate(
+                        row.importance, net, x[-30:], y[-30:], row.ewc_lambda, stabilized, penalty
+                    )
+    finally:
+        torch.set_default_dtype(before)
+    wanted, steps = adam.state_dict()["state"], 2 * 3 * 2 * 6
+    for i, state in outcome.adam_state["state"].items():
+        assert state["step"] == wanted[i]["step"] == steps
+        for moment in ("exp_avg", "exp_avg_sq"):
+            # Errors of a step are passed on by the network to all its weights, and grow with the steps.
+            scale = torch.full_like(wanted[i][moment], float(wanted[i][moment].abs().max()))
+            assert_within_roundings(
+                state[moment], wanted[i][moment], roundings=100 * steps, error_scale=scale, context=f"{i} {moment}"
+            )
 
 
 def test_a_carried_chain_has_a_fresh_run_in_front_of_it() -> None:
