@@ -1,5 +1,6 @@
 """Adds to pyproject.toml what a table can't say: csrc travels inside the package, and native parts are optional."""
 
+import contextlib
 import importlib.util
 from pathlib import Path
 
@@ -26,19 +27,25 @@ class BuildNative(build_ext):
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.unlink(missing_ok=True)  # a library of an earlier build must not pass for this one's
+        device_type = ext.name.rpartition("._")[2]
         try:
-            recipe.compile_library(target)
+            recipe.compile_library(device_type, target)
         except recipe.BuildError as error:
-            self.warn(f"fastewc is installed without its native parts: {error}\n`{recipe.COMMAND}` adds them later.")
+            kernels = f"{device_type.upper()} kernels"
+            self.warn(f"fastewc is installed without its {kernels}: {error}\n`{recipe.COMMAND}` adds them later.")
 
 
 def native_parts():
-    """The extension where torch can be compiled against; else none, and the wheel is tagged pure Python."""
+    """One extension, or with nvcc two, where torch can be compiled against; else none: a pure-Python wheel."""
     try:
         recipe.torch_folder()
     except recipe.BuildError:
         return []
-    return [Extension("fastewc._cpu", sources=[], py_limited_api=True, optional=True)]
+    device_types = ["cpu"]
+    with contextlib.suppress(recipe.BuildError):
+        recipe.compiler("cuda")
+        device_types.append("cuda")
+    return [Extension(f"fastewc._{name}", sources=[], py_limited_api=True, optional=True) for name in device_types]
 
 
 csrc = {f"fastewc.{name}": name.replace(".", "/") for name in find_namespace_packages(include=["csrc", "csrc.*"])}

@@ -20,7 +20,7 @@
 
 // Plain loops are compiled once per vector width and chosen when the library loads (GNU ifunc): one binary serves any
 // x86-64 without -march=native. Elsewhere the baseline already has vectors (Arm) or ifunc is missing (musl, macOS).
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
+#if !defined(FASTEWC_NO_CPU_CLONES) && defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define FASTEWC_CPU_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FASTEWC_CPU_CLONES
@@ -28,6 +28,7 @@
 
 // A clone can only use its own vector width for code that is inlined into it.
 #define FASTEWC_INLINE inline __attribute__((always_inline))
+#define FASTEWC_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace fastewc {
 
@@ -38,6 +39,12 @@ using torch::stable::Tensor;
 
 // The Python side looks for these bytes in the file, so that a library of older sources is never loaded.
 [[gnu::used]] static const char source_digest[] = FASTEWC_SOURCE_DIGEST;
+
+// Calls f compiled for the widest vectors of this CPU; f and all that it calls must be always_inline.
+template <typename F>
+FASTEWC_CPU_CLONES void vectorised(const F& f) {
+  f();
+}
 
 // The dtype arithmetic is done in: double for double, else float.
 template <typename T>

@@ -84,13 +84,15 @@ def check() -> int:
 
 
 def build() -> int:
-    """Compile the native parts and say where they are; 1 where that fails."""
-    try:
-        print(f"built {_extension.build()}")
-    except (_build.BuildError, OSError) as error:
-        print(f"the native parts could not be built: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """Compile the native parts and say where they are; 1 where the CPU's fails, or the GPU's where there is one."""
+    failed = False
+    for device_type in _build.DEVICE_TYPES:
+        try:
+            print(f"built {_extension.build(device_type)}")
+        except (_build.BuildError, OSError) as error:
+            print(f"the native {device_type.upper()} kernels could not be built: {error}", file=sys.stderr)
+            failed |= device_type == "cpu" or torch.cuda.is_available()
+    return 1 if failed else 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,13 +1,16 @@
-"""How the C++ sources become a library: one recipe for setup.py, ``python -m fastewc build`` and the first call.
+"""How the sources in csrc become libraries: one recipe for setup.py, ``python -m fastewc build`` and the first call.
 
-Standard library only, and no import of torch: setup.py runs it where torch may be absent.
+There are two, the CPU's and CUDA's, which needs a part of torch that only its CUDA builds have. Standard library only,
+and no import of torch: setup.py runs it where torch may be absent.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,29 +20,55 @@ from pathlib import Path
 
 #: Stable ABI of torch 2.11: a library built against any later torch runs on every torch from 2.11 on.
 TORCH_TARGET_VERSION = "0x020b000000000000"
-LIBRARY_NAME = "_cpu.abi3.so"
+DEVICE_TYPES = ("cpu", "cuda")
 COMMAND = "python -m fastewc build"
 
 _PACKAGE = Path(__file__).resolve().parent
 # -fopenmp-simd honours `#pragma omp simd` (which vectorises sums) without linking OpenMP; unlike -ffast-math,
 # -fno-trapping-math and -fno-math-errno change no result, and NaN and infinities keep their meaning.
-_FLAGS = (
-    "-std=c++20",
-    "-O3",
-    "-fPIC",
-    "-shared",
-    "-fvisibility=hidden",
-    "-fopenmp-simd",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
-)
+# --fmad=false: which multiply and add are fused would depend on what surrounds them, and Ω = 0 has to give the bits of
+# no penalty. These kernels wait for memory, not for arithmetic. --expt-relaxed-constexpr: torch's BFloat16 needs it.
+_FLAGS = {
+    "cpu": (
+        "-std=c++20",
+        "-O2",
+        "-ftree-vectorize",
+        "-fvect-cost-model=dynamic",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        "-fopenmp-simd",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+    ),
+    "cuda": (
+        "-std=c++20",
+        "-O3",
+        "--fmad=false",
+        "--expt-relaxed-constexpr",
+        "--threads=0",
+        "-shared",
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+        "-DUSE_CUDA",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+    ),
+}
+_SOURCES = {"cpu": "*_cpu.cpp", "cuda": "*_cuda.cu"}
+_LINKED = {"cpu": ("-ltorch_cpu",), "cuda": ("-ltorch_cpu", "-ltorch_cuda")}
+# Machine code for the A100 and the H100 and what is compatible; PTX, which the driver compiles, for all that is newer.
+_DEFAULT_ARCHS = ("80", "90+PTX")
 _TIMEOUT_SECONDS = 600
 _LINES_SHOWN = 15
 
 
 class BuildError(RuntimeError):
     """The native parts can't be built here; the text says why, with the compiler's last lines if it ran."""
+
+
+def library_name(device_type: str) -> str:
+    """The file name of the kernels for "cpu" or "cuda" tensors."""
+    return f"_{device_type}.abi3.so"
 
 
 def source_folder() -> Path:
@@ -54,23 +83,47 @@ def source_folder() -> Path:
     raise BuildError(f"no C++ sources: csrc/common.h is neither in {_PACKAGE} nor beside it; reinstall fastewc")
 
 
-def compiler() -> list[str]:
-    """The C++ compiler as a command: $CXX, else the first of c++, g++, clang++ on the PATH.
+def compiler(device_type: str = "cpu") -> list[str]:
+    """The compiler as a command.
+
+    CPU: $CXX, else the first of c++, g++, clang++ on the PATH. CUDA: $CUDACXX, else the nvcc of $CUDA_HOME, of the PATH
+    or of /usr/local/cuda; it knows where its headers are.
 
     Raises:
-        BuildError: there is none, or $CXX names one that does not exist.
+        BuildError: there is none, a variable names one that does not exist, or torch is not a CUDA build.
     """
     if sys.platform == "win32":
         raise BuildError("the native parts need GCC or Clang on Linux or macOS; they are not built on Windows")
-    named = shlex.split(os.environ.get("CXX", ""))
+    if device_type == "cuda":
+        return _nvcc()
+    named = _named("CXX", "C++ compiler")
     if named:
-        if shutil.which(named[0]) is None:
-            raise BuildError(f"no C++ compiler: CXX={named[0]} was not found")
         return named
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name) is not None:
             return [name]
     raise BuildError("no C++ compiler: none of c++, g++, clang++ is on the PATH; install one or set CXX")
+
+
+def _nvcc() -> list[str]:
+    if not any((torch_folder() / "lib").glob("*torch_cuda.*")):
+        raise BuildError("this torch is not a CUDA build")
+    named = _named("CUDACXX", "CUDA compiler")
+    if named:
+        return named
+    home = os.environ.get("CUDA_HOME")
+    for path in (*([f"{home}/bin"] if home else []), os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"):
+        found = shutil.which("nvcc", path=path)
+        if found is not None:
+            return [found]
+    raise BuildError("no CUDA compiler: nvcc is not on the PATH; install the CUDA toolkit or set CUDA_HOME or CUDACXX")
+
+
+def _named(variable: str, what: str) -> list[str]:
+    command = shlex.split(os.environ.get(variable, ""))
+    if command and shutil.which(command[0]) is None:
+        raise BuildError(f"no {what}: {variable}={command[0]} was not found")
+    return command
 
 
 def torch_folder() -> Path:
@@ -88,34 +141,84 @@ def torch_folder() -> Path:
     return folder
 
 
-def source_digest() -> str:
+@functools.cache
+def gpus() -> tuple[str, ...]:
+    """The compute capabilities of this machine's GPUs, "90" for 9.0; asked without starting CUDA in this process."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return tuple(sorted({major + minor for major, minor in re.findall(r"^(\d+)\.(\d)$", done.stdout, re.MULTILINE)}))
+
+
+def cuda_archs() -> tuple[str, ...]:
+    """What the CUDA library is compiled for: $FASTEWC_CUDA_ARCHS, else the GPUs present, else A100, H100 and newer.
+
+    "90" is machine code for capability 9.0 (and later 9.x), "90+PTX" also code that the driver compiles for newer ones.
+    """
+    named = os.environ.get("FASTEWC_CUDA_ARCHS", "").replace(".", "").replace(",", " ").replace(";", " ").split()
+    for arch in named:
+        if not re.fullmatch(r"\d+[af]?(\+PTX)?", arch):
+            raise BuildError(f"FASTEWC_CUDA_ARCHS: wanted architectures such as 80 or 90+PTX, given {arch}")
+    return tuple(named) or gpus() or _DEFAULT_ARCHS
+
+
+def source_digest(device_type: str = "cpu") -> str:
     """Hash of sources and flags; compiled into the library, so that one of other sources is recognised."""
     folder = source_folder()
-    digest = hashlib.sha256(" ".join(_FLAGS).encode())
+    digest = hashlib.sha256(" ".join(_FLAGS[device_type]).encode())
     for path in sorted(folder.rglob("*")):
-        if path.suffix in (".cpp", ".h"):
+        if path.suffix == ".h" or path.match(_SOURCES[device_type]):
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return "fastewc-sources-" + digest.hexdigest()[:24]
 
 
-def compile_library(target: Path) -> None:
-    """Compile the CPU kernels to ``target``; readers see the old file or the complete new one, never a part.
+def is_current(library: Path, device_type: str) -> bool:
+    """Whether the file was compiled from exactly the present sources and, if for CUDA, runs on this machine's GPUs."""
+    found = re.search(source_digest(device_type).encode() + rb" for ([^;]*);", library.read_bytes())
+    if found is None or device_type == "cpu":
+        return found is not None
+    archs = found[1].decode().split()
+    return all(any(_runs(arch, gpu) for arch in archs) for gpu in gpus())
+
+
+def _runs(arch: str, gpu: str) -> bool:
+    """Machine code runs on its own generation from its own number on, PTX on everything from its number on."""
+    number = re.sub(r"\D.*", "", arch)
+    return int(number) <= int(gpu) and (arch.endswith("+PTX") or number[:-1] == gpu[:-1])
+
+
+def _command(device_type: str) -> list[str]:
+    csrc, torch = source_folder(), torch_folder()
+    archs = cuda_archs() if device_type == "cuda" else ()
+    command = [*compiler(device_type), *_FLAGS[device_type]]
+    command += [f'-DFASTEWC_SOURCE_DIGEST="{source_digest(device_type)} for {" ".join(archs)};"']
+    for arch in archs:
+        number = arch.removesuffix("+PTX")
+        code = f"[sm_{number},compute_{number}]" if arch.endswith("+PTX") else f"sm_{number}"
+        command.append(f"-gencode=arch=compute_{number},code={code}")
+    command += [f"-I{torch / 'include'}", *map(str, sorted(csrc.rglob(_SOURCES[device_type])))]
+    command += [f"-L{torch / 'lib'}", *_LINKED[device_type]]
+    if sys.platform == "darwin":
+        command += ["-undefined", "dynamic_lookup"]
+    return command
+
+
+def compile_library(device_type: str, target: Path) -> None:
+    """Compile the kernels to ``target``; readers see the old file or the complete new one, never a part.
 
     Raises:
         BuildError: no compiler, no headers, or the compilation failed.
         OSError: the folder of ``target`` can't be written.
     """
-    csrc, torch, command = source_folder(), torch_folder(), compiler()
+    command = _command(device_type)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as scratch:
-        built = Path(scratch) / LIBRARY_NAME
-        command += [*_FLAGS, f'-DFASTEWC_SOURCE_DIGEST="{source_digest()}"']
-        command += [f"-I{torch / 'include'}", *map(str, sorted(csrc.rglob("*_cpu.cpp")))]
-        command += ["-o", str(built), f"-L{torch / 'lib'}", "-ltorch_cpu"]
-        if sys.platform == "darwin":
-            command += ["-undefined", "dynamic_lookup"]
+        built = Path(scratch) / library_name(device_type)
+        run = [*command, "-o", str(built)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
+            done = subprocess.run(run, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
         except subprocess.TimeoutExpired as error:
             raise BuildError(f"{command[0]} took longer than {_TIMEOUT_SECONDS} s") from error
         if done.returncode != 0 or not built.is_file():

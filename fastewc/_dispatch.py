@@ -6,6 +6,7 @@ the branch, so importing fastewc loads neither Triton nor the native library.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import Literal, TypedDict
 
@@ -20,8 +21,15 @@ OPS = ("sum_grad_power", "squared_norm_grad", "ewc_step", "ewc_penalty")
 IMPLS: tuple[Chosen, ...] = ("reference", "triton", "native")
 
 # (op, implementation) -> the device types it has a kernel for. The reference runs everywhere.
-_KERNELS: dict[tuple[str, str], tuple[str, ...]] = {("squared_norm_grad", "native"): ("cpu",)}
+_KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("squared_norm_grad", "native"): ("cpu",),
+    ("ewc_step", "native"): ("cpu", "cuda"),
+    ("ewc_step", "triton"): ("cuda",),
+    ("ewc_penalty", "native"): ("cpu", "cuda"),
+    ("ewc_penalty", "triton"): ("cuda",),
+}
 _WORDS = {"triton": "Triton", "native": "native (C++)"}
+_NO_TRITON = "Triton is not installed: `pip install triton` adds it (Linux)"
 
 _log = logging.getLogger("fastewc")
 _told: set[str] = set()
@@ -93,14 +101,16 @@ def _reason_against(op: str, impl: Chosen, device_type: str) -> str | None:
     devices = _KERNELS.get((op, impl), ())
     if device_type not in devices:
         return _absent(impl, devices)
+    if impl == "triton" and importlib.util.find_spec("triton") is None:
+        return _NO_TRITON
     if impl == "native":
         try:
-            _extension.load()
+            _extension.load(device_type)
         except _extension.NativeUnavailable as error:
             reason = str(error)
             if reason not in _told:
                 _told.add(reason)
-                _log.warning('fastewc: no native kernels, impl="auto" takes the reference: %s', reason)
+                _log.warning('fastewc: no native %s kernels, impl="auto" goes without: %s', device_type.upper(), reason)
             return reason
     return None
 
@@ -133,6 +143,10 @@ def _availability(op: str, impl: Chosen) -> Availability:
     devices = _KERNELS.get((op, impl), ())
     if not devices:
         return {"available": False, "reason": _absent(impl, devices)}
-    status = _extension.status()
-    reason = f"{_names(devices)} tensors only; {status.reason}"
-    return {"available": status.state != "missing", "reason": reason}
+    if impl == "triton":
+        installed = importlib.util.find_spec("triton") is not None
+        reason = f"{_names(devices)} tensors only; {'installed' if installed else _NO_TRITON}"
+        return {"available": installed, "reason": reason}
+    found = {device: _extension.status(device) for device in devices}
+    reason = "; ".join(f"{device.upper()}: {status.reason}" for device, status in found.items())
+    return {"available": any(status.state != "missing" for status in found.values()), "reason": reason}

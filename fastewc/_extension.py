@@ -1,4 +1,7 @@
-"""Loads the native library once per process: the package's own, else from the user's cache, else compiled now."""
+"""Loads a native library once per process: the package's own, else from the user's cache, else compiled now.
+
+There is one for CPU and one for CUDA tensors, each with its own fate.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,12 @@ _FORBIDDEN = "not built, and FASTEWC_JIT=0 forbids building at the first call"
 
 
 class NativeUnavailable(RuntimeError):
-    """The native library can't be had on this machine; the text says why and what would add it."""
+    """A native library can't be had on this machine; the text says why and what would add it."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """Where the native library stands: ``state``, and ``reason`` in words."""
+    """Where a native library stands: ``state``, and ``reason`` in words."""
 
     state: Literal["loaded", "built", "buildable", "missing"]
     reason: str
@@ -43,11 +46,11 @@ class _Outcome:
     failure: str | None = None
 
 
-_outcome = _Outcome()
+_outcomes = {device_type: _Outcome() for device_type in _build.DEVICE_TYPES}
 
 
-def cache_folder() -> Path:
-    """The user's cache folder for these sources, this torch and this CPU; it may not exist yet.
+def cache_folder(device_type: str = "cpu") -> Path:
+    """The user's cache folder for these sources, this torch and this CPU or these GPUs; it may not exist yet.
 
     Raises:
         fastewc._build.BuildError: the user has no home folder and XDG_CACHE_HOME is not set.
@@ -59,7 +62,8 @@ def cache_folder() -> Path:
         if not home.is_absolute():
             raise _build.BuildError("no folder to build in: this user has no home; set XDG_CACHE_HOME")
         root = home / "Library" / "Caches" if sys.platform == "darwin" else home / ".cache"
-    key = "\0".join((_build.source_digest(), torch.__version__, _cpu()))
+    machine = _cpu() if device_type == "cpu" else f"{platform.machine()} {' '.join(_build.cuda_archs())}"
+    key = "\0".join((_build.source_digest(device_type), torch.__version__, machine))
     return root / "fastewc" / hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
@@ -71,61 +75,65 @@ def _cpu() -> str:
     return f"{sys.platform} {platform.machine()} {flags}"
 
 
-def _candidates() -> list[Path]:
+def _candidates(device_type: str) -> list[Path]:
     """Libraries of exactly the present sources, best first: the package's own, then the cache's."""
-    digest = _build.source_digest().encode()
     folders = [_package]
     with contextlib.suppress(_build.BuildError):
-        folders.append(cache_folder())
-    paths = [folder / _build.LIBRARY_NAME for folder in folders]
-    return [path for path in paths if path.is_file() and digest in path.read_bytes()]
+        folders.append(cache_folder(device_type))
+    paths = [folder / _build.library_name(device_type) for folder in folders]
+    return [path for path in paths if path.is_file() and _build.is_current(path, device_type)]
 
 
 def _jit_allowed() -> bool:
     return os.environ.get("FASTEWC_JIT", "1") != "0"
 
 
-def status() -> Status:
+def status(device_type: str = "cpu") -> Status:
     """What :func:`load` would find, without loading or compiling anything."""
-    if _outcome.loaded is not None:
-        return Status("loaded", f"loaded from {_outcome.loaded}")
-    if _outcome.failure is not None:
-        return Status("missing", _outcome.failure)
+    outcome = _outcomes[device_type]
+    if outcome.loaded is not None:
+        return Status("loaded", f"loaded from {outcome.loaded}")
+    if outcome.failure is not None:
+        return Status("missing", outcome.failure)
     try:
-        if built := _candidates():
+        if built := _candidates(device_type):
             return Status("built", f"prebuilt at {built[0]}")
         if not _jit_allowed():
             return Status("missing", f"{_FORBIDDEN}; then {_advice()}")
-        cache_folder()
+        cache_folder(device_type)
         _build.torch_folder()
-        found = " ".join(_build.compiler())
+        found = " ".join(_build.compiler(device_type))
     except _build.BuildError as error:
         return Status("missing", f"{error}; then {_advice()}")
     return Status("buildable", f"buildable: {found} compiles it at the first call; now: `{_build.COMMAND}`")
 
 
-def load() -> None:
+def load(device_type: str = "cpu") -> None:
     """Load the library; where it is missing and a compiler is present, first compile it into the user's cache.
 
     The outcome, good or bad, holds for the rest of the process.
 
+    Args:
+        device_type: "cpu" or "cuda": where the tensors are that its kernels are for.
+
     Raises:
         NativeUnavailable: no library could be loaded or built; the text has the compiler's last lines.
     """
-    if _outcome.loaded is not None:
+    outcome = _outcomes[device_type]
+    if outcome.loaded is not None:
         return
     with _lock:
-        if _outcome.loaded is None and _outcome.failure is None:
+        if outcome.loaded is None and outcome.failure is None:
             try:
-                _outcome.loaded = _load_or_build()
+                outcome.loaded = _load_or_build(device_type)
             except (_build.BuildError, OSError) as error:
-                _outcome.failure = f"{error}; then {_advice()}"
-        if _outcome.failure is not None:
-            raise NativeUnavailable(_outcome.failure)
+                outcome.failure = f"{error}; then {_advice()}"
+        if outcome.failure is not None:
+            raise NativeUnavailable(outcome.failure)
 
 
-def _load_or_build() -> Path:
-    for path in _candidates():
+def _load_or_build(device_type: str) -> Path:
+    for path in _candidates(device_type):
         try:
             _load_library(path)
         except OSError as error:
@@ -134,10 +142,11 @@ def _load_or_build() -> Path:
             return path
     if not _jit_allowed():
         raise _build.BuildError(_FORBIDDEN)
-    target = cache_folder() / _build.LIBRARY_NAME
-    _build.compiler()
-    _log.warning("fastewc: compiling the CPU kernels once, into %s (FASTEWC_JIT=0 forbids it)", target)
-    _build.compile_library(target)
+    target = cache_folder(device_type) / _build.library_name(device_type)
+    _build.compiler(device_type)
+    kind = device_type.upper()
+    _log.warning("fastewc: compiling the %s kernels once, into %s (FASTEWC_JIT=0 forbids it)", kind, target)
+    _build.compile_library(device_type, target)
     _load_library(target)
     return target
 
@@ -146,7 +155,7 @@ def _load_library(path: Path) -> None:
     torch.ops.load_library(path)  # type: ignore[no-untyped-call]
 
 
-def build() -> Path:
+def build(device_type: str = "cpu") -> Path:
     """Compile the library into the package, or into the user's cache where the package can't be written.
 
     Returns:
@@ -156,13 +165,14 @@ def build() -> Path:
         fastewc._build.BuildError: it can't be compiled; the text says why.
         OSError: neither folder can be written.
     """
+    name = _build.library_name(device_type)
     try:
-        target = _package / _build.LIBRARY_NAME
-        _build.compile_library(target)
+        target = _package / name
+        _build.compile_library(device_type, target)
     except OSError as error:
         _log.warning("fastewc: %s can't be written (%s); using the cache", _package, error)
-        target = cache_folder() / _build.LIBRARY_NAME
-        _build.compile_library(target)
+        target = cache_folder(device_type) / name
+        _build.compile_library(device_type, target)
     return target
 
 

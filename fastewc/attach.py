@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastewc._optimizers import learning_rate, unwrap_optimizer
-from fastewc.ops.ewc_penalty import ewc_held_back, ewc_penalty_grad
+from fastewc.ops.ewc_penalty import ewc_hold_back_, ewc_penalty_grads
 from fastewc.optim._base import ProtectedOptimizer
 
 if TYPE_CHECKING:
@@ -249,35 +249,35 @@ class _Penalty:
                 )
 
     def before(self, optimizer: Optimizer) -> None:
-        for group, p in with_grad(optimizer):
-            held = self.ewc.held(p)
-            if held is None:
-                continue
+        """Lend the pulled gradients (E1, E2), or remember what E3 and E4 need after the update."""
+        for group in optimizer.param_groups:
+            protected = [(p, held) for p in group["params"] if p.grad is not None and (held := self.ewc.held(p))]
+            params = [p for p, _ in protected]
             if self.ewc.variant in ("proximal", "wva"):
-                old = p.detach().clone() if self.ewc.variant == "wva" else None
-                self._old.append((p, old, learning_rate(group)))
-            else:
-                self._lend(p, self._pull(optimizer, group, p, held))
+                olds = [p.detach().clone() if self.ewc.variant == "wva" else None for p in params]
+                self._old += [(p, old, learning_rate(group)) for p, old in zip(params, olds, strict=True)]
+            elif params:
+                self._lend(optimizer, group, params, [held for _, held in protected])
 
-    def _pull(self, optimizer: Optimizer, group: dict[str, Any], p: Tensor, held: tuple[Tensor, Tensor]) -> Tensor:
-        """c(w − w*) as p.grad counts: scaled where GradScaler leaves unscaling to the step, flipped by maximize."""
-        lr = learning_rate(group)
-        pull = ewc_penalty_grad(p, *held, ewc_lambda=self.ewc.ewc_lambda, lr=lr, variant=self.ewc.variant)
-        scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-        if scale is not None:
-            pull.mul_(scale.to(pull.device))
-        return pull if grad_sign(group) > 0 else pull.neg_()
-
-    def _lend(self, p: Tensor, pull: Tensor) -> None:
-        own = p.grad
-        assert own is not None
-        lent = pull.add_(own)
-        if own.dtype == torch.float16:  # a scaled pull may pass 65504 after GradScaler has looked for infinities
-            largest = torch.finfo(own.dtype).max
-            lent = torch.where(own.isfinite(), lent.clamp(-largest, largest), lent)
-        lent = lent.to(own.dtype)
-        p.grad = lent
-        self._lent.append((p, own, lent, lent._version))
+    def _lend(
+        self, optimizer: Optimizer, group: dict[str, Any], params: list[Tensor], held: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        """Put p.grad + c(w − w*) in its place, as p.grad counts: still scaled under GradScaler, flipped by maximize."""
+        owns = [p.grad for p in params if p.grad is not None]
+        pulled = ewc_penalty_grads(
+            params,
+            [omega for omega, _ in held],
+            [anchor for _, anchor in held],
+            ewc_lambda=self.ewc.ewc_lambda,
+            lrs=[learning_rate(group)] * len(params),
+            variant=self.ewc.variant,
+            grads=owns,
+            negate=grad_sign(group) < 0,
+            scale=getattr(optimizer, "grad_scale", None),
+        )
+        for p, own, lent in zip(params, owns, pulled, strict=True):
+            p.grad = lent
+            self._lent.append((p, own, lent, lent._version))
 
     def undo(self) -> None:
         for p, _, lent, version in self._lent:
@@ -297,13 +297,17 @@ class _Penalty:
 
     def after(self, optimizer: Optimizer) -> None:
         self._give_back()
-        for p, old, lr in self._old:
-            held = self.ewc.held(p)
-            assert held is not None
-            omega, star = held
-            w = p.detach().to(omega.dtype)
-            target = star if old is None else old  # E3 moves w′ towards w*, E4 back towards the old weight
-            moved = ewc_held_back(w, target, omega, ewc_lambda=self.ewc.ewc_lambda, lr=lr)
-            skip = skipped(optimizer, p)
-            p.copy_(moved if skip is None else torch.where(skip, w, moved))
+        held = [self.ewc.held(p) for p, _, _ in self._old]
+        importances, anchors = ([pair[k] for pair in held if pair is not None] for k in range(2))
+        if self._old:
+            # E3 moves w′ towards w*, E4 back towards the old weight.
+            olds = [anchor if old is None else old for (_, old, _), anchor in zip(self._old, anchors, strict=True)]
+            ewc_hold_back_(
+                [p.detach() for p, _, _ in self._old],
+                olds,
+                importances,
+                ewc_lambda=self.ewc.ewc_lambda,
+                lrs=[lr for _, _, lr in self._old],
+                skip=getattr(optimizer, "found_inf", None),
+            )
         self._old = []

@@ -144,9 +144,15 @@ class EWC:
         importance, anchor = self._importance[name], self._anchor[name]
         dtypes = op_dtype(parameter), self._options.anchor_dtype or parameter.dtype
         if importance.device != parameter.device or (importance.dtype, anchor.dtype) != dtypes:  # after model.to(…)
-            importance = self._importance[name] = importance.to(parameter.device, dtypes[0])
-            anchor = self._anchor[name] = anchor.to(parameter.device, dtypes[1])
+            importance = importance.to(parameter.device, dtypes[0])
+            anchor = anchor.to(parameter.device, dtypes[1])
+            self._importance = {**self._importance, name: importance}
+            self._anchor = {**self._anchor, name: anchor}
         return importance, anchor
+
+    def held_by_name(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[int, str]]:
+        """What :meth:`held` looks up: Ω and w* by name, names by id. None of the three is ever changed in place."""
+        return self._importance, self._anchor, self._binding.name_by_id
 
     def consolidate(self, importance: Mapping[str, Tensor], *, strict: bool = True) -> None:
         """End a task: fold its importance in, Ω̄ ← γΩ̄ + Ω_K, and re-take the anchor (E10, E11).

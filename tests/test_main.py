@@ -56,16 +56,24 @@ def test_check_finds_every_op_with_cases() -> None:
 
 
 def test_build_says_where(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(_extension, "build", lambda: Path("/somewhere/_cpu.abi3.so"))
+    monkeypatch.setattr(_extension, "build", lambda device_type: Path(f"/somewhere/{device_type}.so"))
     assert command_line.main(["build"]) == 0
-    assert capsys.readouterr().out == "built /somewhere/_cpu.abi3.so\n"
+    assert capsys.readouterr().out == "built /somewhere/cpu.so\nbuilt /somewhere/cuda.so\n"
 
-    def fail() -> Path:
-        raise _build.BuildError("no C++ compiler")
 
-    monkeypatch.setattr(_extension, "build", fail)
-    assert command_line.main(["build"]) == 1
-    assert "could not be built: no C++ compiler" in capsys.readouterr().err
+@pytest.mark.parametrize(("broken", "gpu", "status"), [("cpu", False, 1), ("cuda", False, 0), ("cuda", True, 1)])
+def test_build_fails_where_something_that_could_run_is_missing(
+    broken: str, gpu: bool, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(device_type: str) -> Path:
+        if device_type == broken:
+            raise _build.BuildError("no compiler")
+        return Path("/somewhere")
+
+    monkeypatch.setattr(_extension, "build", build)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert command_line.main(["build"]) == status
+    assert f"the native {broken.upper()} kernels could not be built: no compiler" in capsys.readouterr().err
 
 
 def test_demo_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

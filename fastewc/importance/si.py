@@ -15,7 +15,7 @@ from fastewc._names import op_dtype, trainable_parameters
 from fastewc._optimizers import learning_rate, parameter_ids, unwrap_optimizer
 from fastewc.attach import StepHooks, grad_sign, skipped, with_grad
 from fastewc.importance.base import Importance
-from fastewc.ops.ewc_penalty import ewc_penalty_grad
+from fastewc.ops.ewc_penalty import ewc_penalty_grads
 
 if TYPE_CHECKING:
     from fastewc.ewc import EWC
@@ -145,8 +145,11 @@ class _Tracker:
             and ewc.variant in ("plain", "stabilized")
             and not ewc.is_applied  # else penalty() refuses to be part of a loss
         ):
-            lr = learning_rate(group)
-            g = g - ewc_penalty_grad(p, *held, ewc_lambda=ewc.ewc_lambda, lr=lr, variant=ewc.variant)
+            omega, anchor = held
+            (g,) = ewc_penalty_grads(
+                [p], [omega], [anchor], ewc_lambda=ewc.ewc_lambda, lrs=[learning_rate(group)], variant=ewc.variant,
+                grads=[g], negate=True,
+            )  # fmt: skip
         return g
 
     def after(self, optimizer: Optimizer) -> None:

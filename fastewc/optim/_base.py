@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from itertools import repeat
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from torch.optim import Optimizer
 
 from fastewc import _dispatch
 from fastewc._names import is_dtensor, op_dtype
-from fastewc.ops.ewc_step import StepRule, StepTensors, clip_coefficient, ewc_step, gradient_norm
+from fastewc.ops.ewc_step import StepRule, StepTensors, clip_coefficient, gradient_norm
 from fastewc.optim._path_integral import PATH_TENSORS, PathIntegralMode, PathIntegralState
+from fastewc.optim._plan import Call, GroupPlan
 
 if TYPE_CHECKING:
     from fastewc.ewc import EWC
@@ -62,6 +64,8 @@ class ProtectedOptimizer(PathIntegralState):
     _step_supports_amp_scaling = True
 
     # Class attributes, since torch's constructor calls add_param_group before the extras are known.
+    kind: Literal["sgd", "adam"]
+    rule_options: tuple[str, ...]  # of a param group, that are fields of StepRule
     max_grad_norm: float | None = None
     clip_penalty: bool = False
     impl: _dispatch.Impl = "auto"
@@ -103,7 +107,7 @@ class ProtectedOptimizer(PathIntegralState):
         if group["fused"] is False and self.impl not in ("auto", "reference"):
             raise ValueError(f"fused=False selects the reference implementation, but impl={self.impl!r}; drop one")
         for p in group["params"]:
-            self._choose(group, p.device)
+            self.choose(group, p.device)
             wanted = {
                 "ewc": self.ewc,
                 "max_grad_norm": self.max_grad_norm,
@@ -157,33 +161,23 @@ class ProtectedOptimizer(PathIntegralState):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None and self._reads_found_inf() and bool(found_inf):
+            self._check_gradients()
             return loss
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        calls = list(self._gather())
+        calls = self._calls()
         clip_coef = None
         if self.max_grad_norm is not None:
-            pairs = [(rule, tensors) for _, rule, tensors in calls]
+            pairs = [(rule, call.tensors) for _, rule, call in calls]
             self.grad_norm = gradient_norm(pairs, grad_scale=grad_scale)
             clip_coef = clip_coefficient(self.grad_norm, self.max_grad_norm)
-        for group, rule, tensors in calls:
-            ewc_step(
-                rule,
-                tensors,
-                clip_coef=clip_coef,
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-                impl=self._choose(group, tensors.params[0].device),
-            )
-            self._keep_state(group, tensors)
+        for group, rule, call in calls:
+            call.step(rule, call.tensors, clip_coef=clip_coef, grad_scale=grad_scale, found_inf=found_inf)
+            self._keep_state(group, call.tensors)
         if self.path_integral:
-            self._count_path_step([p for _, _, tensors in calls for p in tensors.params])
+            self._count_path_step([p for _, _, call in calls for p in call.tensors.params])
         return loss
-
-    def _rule(self, group: dict[str, Any]) -> StepRule:
-        raise NotImplementedError
 
     def _collect_state(self, group: dict[str, Any], p: Tensor, tensors: StepTensors) -> None:
         raise NotImplementedError
@@ -191,32 +185,38 @@ class ProtectedOptimizer(PathIntegralState):
     def _keep_state(self, group: dict[str, Any], tensors: StepTensors) -> None:
         """Take back state that the op made."""
 
-    def _penalty_rule(self) -> dict[str, Any]:
-        rule = {"clip_penalty": self.clip_penalty, "regularized_path": self.path_integral == "regularized"}
-        if self.ewc is None:
-            return rule
-        return rule | {"variant": self.ewc.variant, "ewc_lambda": self.ewc.ewc_lambda}
+    def rule(self, group: dict[str, Any]) -> StepRule:
+        """How to step a group now."""
+        options = {name: group[name] for name in self.rule_options}
+        if self.ewc is not None:
+            options |= {"variant": self.ewc.variant, "ewc_lambda": self.ewc.ewc_lambda}
+        regularized = self.path_integral == "regularized"
+        return StepRule(self.kind, **options, clip_penalty=self.clip_penalty, regularized_path=regularized)
 
-    def _gather(self) -> Iterator[tuple[dict[str, Any], StepRule, StepTensors]]:
-        """Per group and device: the rule and the lists of everything that has a gradient."""
-        for group in self.param_groups:
-            by_device: dict[torch.device, StepTensors] = {}
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                tensors = by_device.setdefault(p.device, StepTensors())
-                tensors.params.append(p)
-                tensors.grads.append(p.grad)
-                self._collect_state(group, p, tensors)
-                if self.ewc is not None:
-                    importance, anchor = self.ewc.held(p) or (None, None)
-                    tensors.importances.append(importance)
-                    tensors.anchors.append(anchor)
-                if self.path_integral:
-                    tensors.path_integrals.append(self._path_of(p))
-            rule = self._rule(group)
-            for tensors in by_device.values():
-                yield group, rule, tensors
+    def _calls(self) -> list[tuple[dict[str, Any], StepRule, Call]]:
+        """Per group and device: the rule and the tensors of everything that has a gradient."""
+        grads = [[p.grad for p in group["params"]] for group in self.param_groups]
+        plans: list[GroupPlan] = self.__dict__.setdefault("_plans", [])
+        paired = zip(plans, self.param_groups, grads, strict=False)
+        if len(plans) != len(grads) or not all(plan.holds(self, group, own) for plan, group, own in paired):
+            self._check_gradients()
+            plans[:] = map(GroupPlan, repeat(self), self.param_groups, grads)
+        found = []
+        for plan, group, own in zip(plans, self.param_groups, grads, strict=True):
+            plan.take(own)
+            rule = plan.rule(self, group)
+            found += [(group, rule, call) for call in plan.calls]
+        return found
+
+    def collect(self, group: dict[str, Any], p: Tensor, tensors: StepTensors) -> None:
+        """Append what belongs to one parameter, its state made where it is missing. For GroupPlan."""
+        self._collect_state(group, p, tensors)
+        if self.ewc is not None:
+            importance, anchor = self.ewc.held(p) or (None, None)
+            tensors.importances.append(importance)
+            tensors.anchors.append(anchor)
+        if self.path_integral:
+            tensors.path_integrals.append(self._path_of(p))
 
     def _check_gradients(self) -> None:
         """Refuse what cannot be stepped, before anything has changed."""
@@ -239,7 +239,8 @@ class ProtectedOptimizer(PathIntegralState):
                     "one is on meta; call model.to_empty(device=…) and initialise it first"
                 )
 
-    def _choose(self, group: dict[str, Any], device: torch.device) -> _dispatch.Impl:
+    def choose(self, group: dict[str, Any], device: torch.device) -> _dispatch.Impl:
+        """The implementation that steps a group's tensors on a device."""
         impl = "reference" if group["fused"] is False else self.impl
         chosen: _dispatch.Impl = _dispatch.choose("ewc_step", impl, device)
         return chosen
@@ -249,12 +250,14 @@ class ProtectedOptimizer(PathIntegralState):
         if self.path_integral:
             return True
         pairs = ((group, p.device) for group in self.param_groups for p in group["params"])
-        return any(d.type == "cpu" or self._choose(group, d) == "reference" for group, d in pairs)
+        return any(d.type == "cpu" or self.choose(group, d) == "reference" for group, d in pairs)
 
     def _refuse_uncapturable(self) -> None:
         # Adam's counter lives on the CPU unless capturable: a captured graph would replay one frozen step.
-        frozen = not all(group.get("capturable", True) for group in self.param_groups)
-        if frozen and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        if not initialized or all(group.get("capturable", True) for group in self.param_groups):
+            return
+        if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"CUDA graph capture of {type(self).__name__}.step() needs capturable=True in every group"
             )

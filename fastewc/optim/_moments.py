@@ -1,4 +1,4 @@
-"""What Adam and AdamW share: the state of torch.optim.Adam, and one rule for the op."""
+"""What Adam and AdamW share: the state of torch.optim.Adam."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastewc.ops.ewc_step import StepRule, StepTensors
+from fastewc.ops.ewc_step import StepTensors
 from fastewc.optim._base import ProtectedOptimizer
 
 
 class AdamStep(ProtectedOptimizer):
     """Gathers step, exp_avg, exp_avg_sq and max_exp_avg_sq, made as torch.optim.Adam makes them."""
 
-    def _rule(self, group: dict[str, Any]) -> StepRule:
-        names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
-        return StepRule("adam", **{name: group[name] for name in names}, **self._penalty_rule())
+    kind = "adam"
+    rule_options = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
 
     def _collect_state(self, group: dict[str, Any], p: Tensor, tensors: StepTensors) -> None:
         state = self.state[p]
+        # Kernels on a GPU advance the counter themselves, so that the step waits for nothing.
+        by_kernel = p.device.type != "cpu" and self.choose(group, p.device) != "reference"
+        on_device = group["capturable"] or group["fused"] or by_kernel
+        if "step" in state and by_kernel and state["step"].device != p.device:  # from a checkpoint of torch.optim
+            state["step"] = state["step"].to(p.device)
         if "step" not in state:
-            on_device = group["capturable"] or group["fused"]
             # torch keeps the counter in float64 where that is the default dtype, except for its fused
             # kernels.
             wide = torch.get_default_dtype() == torch.float64 and not group["fused"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fastewc.ops.ewc_step import StepRule, StepTensors
+from fastewc.ops.ewc_step import StepTensors
 from fastewc.optim._base import EXTRA_ARGUMENTS, ProtectedOptimizer
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ class SGD(ProtectedOptimizer, torch.optim.SGD):
     momentum; E3 and E4 act on w′ after the update. Stability limits of the plain penalty in s: 2; 2(1 + μ)
     with momentum μ; 2(1 + μ)/(1 + 2μ) with Nesterov.
     """
+
+    kind = "sgd"
+    rule_options = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
 
     def __init__(
         self,
@@ -59,10 +62,6 @@ class SGD(ProtectedOptimizer, torch.optim.SGD):
         )
         self._take_extras(ewc, max_grad_norm, path_integral, clip_penalty, impl)
         self._join(self.param_groups)
-
-    def _rule(self, group: dict[str, Any]) -> StepRule:
-        names = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
-        return StepRule("sgd", **{name: group[name] for name in names}, **self._penalty_rule())
 
     def _collect_state(self, group: dict[str, Any], p: Tensor, tensors: StepTensors) -> None:
         if group["momentum"] != 0:

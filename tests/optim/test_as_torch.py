@@ -225,7 +225,8 @@ def test_a_float64_default_dtype_makes_torchs_state(name: str):
 def test_state_dict_is_torchs_and_goes_both_ways(name: str):
     mine, torchs = make_params(torch.float32), make_params(torch.float32)
     extra = {"momentum": 0.9} if name == "SGD" else {"amsgrad": True}
-    a, b = ours(name)(groups(mine), lr=0.1, **extra), theirs(name)(groups(torchs), lr=0.1, **extra)
+    a = ours(name)(groups(mine), lr=0.1, impl="reference", **extra)
+    b = theirs(name)(groups(torchs), lr=0.1, **extra)
     for step in range(3):
         give_gradients((mine, torchs), step)
         a.step()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastewc._dispatch import choose
+from fastewc.ops.ewc_penalty.schema import Lr, lrs_of
 
 VARIANTS = ("plain", "stabilized")
-Lr = float | Tensor | None
 
 
 def ewc_penalty(
@@ -24,13 +26,13 @@ def ewc_penalty(
     variant: str,
     impl: str = "auto",
 ) -> Tensor:
-    """½ Σ c (w − w*)² over all tensors, differentiable by the parameters.
+    """½ Σ c (w − w*)² over all tensors, differentiable by the parameters: one pass forward, one backward.
 
     c = λΩ for ``variant="plain"`` (E1: Kirkpatrick et al. 2017, eq. 3) and λΩ/(1 + αλΩ) for ``"stabilized"``
     (E2: Kutalev & Lapina 2021). The gradient by w is c (w − w*); importances, anchors, λ and lr are constants.
 
     Args:
-        params: weights w, any float dtype and shape.
+        params: weights w, any float dtype, shape and device.
         importances: Ω ≥ 0, one per parameter, of its shape and device; float32, or float64 for float64 parameters.
         anchors: w*, one per parameter, of its shape and device, any float dtype.
         ewc_lambda: λ ≥ 0.
@@ -39,49 +41,84 @@ def ewc_penalty(
         impl: "auto", "reference", "triton" or "native"; only "auto" may choose.
 
     Returns:
-        0-dim tensor on the first parameter's device, float32 (float64 if any parameter is float64).
+        0-dim tensor on the first parameter's device, float32 (float64 if any importance is float64).
 
     Raises:
         ValueError: lists of different length, shapes or devices that do not match, unknown variant, lr missing.
         NotImplementedError: ``impl`` cannot run here (says why).
     """
     _check(params, importances, anchors, lrs, variant)
-    choose("ewc_penalty", impl, params[0].device)  # only the reference exists so far; an explicit other one raises here
-    value: Tensor = _Penalty.apply(ewc_lambda, tuple(lrs), variant, len(params), *params, *importances, *anchors)
+    value: Tensor = _Penalty.apply(ewc_lambda, tuple(lrs), variant, impl, len(params), *params, *importances, *anchors)
     return value
 
 
-def ewc_penalty_grad(
-    param: Tensor,
-    importance: Tensor,
-    anchor: Tensor,
+def ewc_penalty_grads(
+    params: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    anchors: Sequence[Tensor],
     *,
     ewc_lambda: float,
-    lr: Lr,
+    lrs: Sequence[Lr],
     variant: str,
+    grads: Sequence[Tensor] = (),
+    negate: bool = False,
+    scale: Tensor | None = None,
     impl: str = "auto",
-) -> Tensor:
-    """The gradient c (w − w*) that :func:`ewc_penalty` adds, of the importance's dtype. Same arguments and errors."""
-    _check([param], [importance], [anchor], [lr], variant)
-    choose("ewc_penalty", impl, param.device)
-    from fastewc.ops.ewc_penalty import reference
+) -> list[Tensor]:
+    """The pull c (w − w*) that :func:`ewc_penalty` adds to each gradient. Errors as there.
 
-    return reference.penalty_grad(param.detach(), importance, anchor, ewc_lambda, lr, variant)
+    Args:
+        params: as in :func:`ewc_penalty`.
+        importances: as there.
+        anchors: as there.
+        ewc_lambda: as there.
+        lrs: as there.
+        variant: as there.
+        grads: gradients to add it to; empty for the pull alone.
+        negate: −c (w − w*), for optimizers that maximise.
+        scale: 0-dim factor of the pull, e.g. that of GradScaler; None for 1.
+        impl: as in :func:`ewc_penalty`.
 
-
-def ewc_held_back(
-    updated: Tensor, target: Tensor, importance: Tensor, *, ewc_lambda: float, lr: float | Tensor, impl: str = "auto"
-) -> Tensor:
-    """The weight after E3 or E4: ``updated`` moved towards ``target`` by αλΩ/(1 + αλΩ) of the way.
-
-    E3 (proximal): target = w*. E4 (WVA, Kutalev 2020): target = the weight before the step. All tensors have one shape
-    and device; the result has the dtype of ``updated``. Errors as in :func:`ewc_penalty`.
+    Returns:
+        New tensors of the gradients' dtypes (of the parameters' without ``grads``). A finite float16 gradient stays
+        finite: what the pull would push beyond ±65504 ends there.
     """
-    _check([updated], [importance], [target], [lr], "stabilized")
-    choose("ewc_penalty", impl, updated.device)
-    from fastewc.ops.ewc_penalty import reference
+    _check(params, importances, anchors, lrs, variant)
+    results: list[Tensor | None] = [None] * len(params)
+    for device, chosen in _by_device(params):
+        own = [grads[i] for i in chosen] if grads else []
+        held = _chosen(chosen, params, importances, anchors)
+        alphas = lrs_of([lrs[i] for i in chosen], device)
+        factor = None if scale is None else scale.to(device)
+        kernels = _kernels(impl, device)
+        pulled = kernels.ewc_penalty_grads(*held, own, ewc_lambda, *alphas, variant, negate, factor)
+        for i, result in zip(chosen, pulled, strict=True):
+            results[i] = result
+    return [result for result in results if result is not None]
 
-    return reference.held_back(updated, target, importance, ewc_lambda, lr)
+
+def ewc_hold_back_(
+    params: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    *,
+    ewc_lambda: float,
+    lrs: Sequence[float | Tensor],
+    skip: Tensor | None = None,
+    impl: str = "auto",
+) -> None:
+    """E3 and E4 in place, after the optimizer's own update: w moves αλΩ/(1 + αλΩ) of the way to its target.
+
+    E3 (proximal): target = w*. E4 (WVA, Kutalev 2020): target = the weight before the step. Where ``skip`` (0-dim) is
+    not 0 nothing changes. Errors as in :func:`ewc_penalty`.
+    """
+    _check(params, importances, targets, lrs, "stabilized")
+    for device, chosen in _by_device(params):
+        lists = _chosen(chosen, params, targets, importances)
+        alphas = lrs_of([lrs[i] for i in chosen], device)
+        flag = None if skip is None else skip.to(device)
+        _kernels(impl, device).ewc_hold_back_(*lists, ewc_lambda, *alphas, flag)
+        torch.autograd.graph.increment_version(lists[0])
 
 
 def ewc_stats(
@@ -95,49 +132,83 @@ def ewc_stats(
     impl: str = "auto",
 ) -> dict[str, float]:
     """What the penalty does to these weights, in one pass and one transfer to the host; see fastewc.EWC.stats."""
-    _check(params, importances, anchors, lrs, variant)
-    choose("ewc_penalty", impl, params[0].device)
     from fastewc.ops.ewc_penalty import reference
 
-    device = params[0].device
-    total: Tensor | None = None
-    for w, importance, anchor, lr in zip(params, importances, anchors, lrs, strict=True):
-        part = reference.stats_terms(w.detach(), importance, anchor, ewc_lambda, lr, variant).to(device)
-        total = part if total is None else reference.merge_stats_terms(total, part)
-    assert total is not None
-    return reference.finish_stats(total.cpu())
+    _check(params, importances, anchors, lrs, variant)
+    parts = []
+    for device, chosen in _by_device(params):
+        held = _chosen(chosen, params, importances, anchors)
+        alphas = lrs_of([lrs[i] for i in chosen], device)
+        parts.append(_kernels(impl, device).ewc_stats_terms(*held, ewc_lambda, *alphas, variant))
+    return reference.finish_stats(reference.merge_stats_terms(torch.stack([part.cpu() for part in parts])))
 
 
 class _Penalty(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ewc_lambda: float, lrs: tuple[Lr, ...], variant: str, n: int, *tensors: Tensor) -> Tensor:
-        from fastewc.ops.ewc_penalty import reference
-
+    def forward(
+        ctx: Any, ewc_lambda: float, lrs: tuple[Lr, ...], variant: str, impl: str, n: int, *tensors: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(*tensors)
-        ctx.constants = ewc_lambda, lrs, variant, n
-        params, importances, anchors = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        dtype = torch.float64 if any(i.dtype == torch.float64 for i in importances) else torch.float32
-        total = torch.zeros((), dtype=dtype, device=params[0].device)
-        for w, importance, anchor, lr in zip(params, importances, anchors, lrs, strict=True):
-            total = total + reference.penalty(w, importance, anchor, ewc_lambda, lr, variant).to(total)
+        ctx.constants = ewc_lambda, lrs, variant, impl, n
+        lists = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        parts = []
+        for device, chosen in _by_device(lists[0]):
+            held = _chosen(chosen, *lists)
+            alphas = lrs_of([lrs[i] for i in chosen], device)
+            parts.append(_kernels(impl, device).ewc_penalty_value(*held, ewc_lambda, *alphas, variant))
+        wide = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
+        total: Tensor = torch.stack([part.to(parts[0].device, wide) for part in parts]).sum()
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from fastewc.ops.ewc_penalty import reference
+        ewc_lambda, lrs, variant, impl, n = ctx.constants
+        wanted = [i for i in range(n) if ctx.needs_input_grad[5 + i]]
+        params, importances, anchors = ([ctx.saved_tensors[part * n + i] for i in wanted] for part in range(3))
+        alphas = [lrs[i] for i in wanted]
+        if torch.is_grad_enabled():  # create_graph=True: operations that autograd can follow
+            from fastewc.ops.ewc_penalty import reference
 
-        ewc_lambda, lrs, variant, n = ctx.constants
-        tensors = ctx.saved_tensors
-        grads: list[Tensor | None] = []
-        for i, (w, importance, anchor, lr) in enumerate(
-            zip(tensors[:n], tensors[n : 2 * n], tensors[2 * n :], lrs, strict=True)
-        ):
-            if not ctx.needs_input_grad[4 + i]:
-                grads.append(None)
-                continue
-            pull = reference.penalty_grad(w, importance, anchor, ewc_lambda, lr, variant)
-            grads.append((pull * grad.to(pull)).to(w.dtype))
-        return (None, None, None, None, *grads, *[None] * (2 * n))
+            numbers, live = lrs_of(alphas, grad.device)
+            pulls = reference.ewc_penalty_grads(
+                params, importances, anchors, (), ewc_lambda, numbers, live, variant, False, grad
+            )
+        else:
+            pulls = ewc_penalty_grads(
+                params, importances, anchors, ewc_lambda=ewc_lambda, lrs=alphas, variant=variant, scale=grad, impl=impl
+            )
+        rest = iter(pulls)
+        grads = [next(rest) if ctx.needs_input_grad[5 + i] else None for i in range(n)]
+        return (None, None, None, None, None, *grads, *[None] * (2 * n))
+
+
+def _kernels(impl: str, device: torch.device) -> ModuleType:
+    """The module of the implementation that runs on a device; all have the same four functions."""
+    match choose("ewc_penalty", impl, device):
+        case "triton":
+            from fastewc.ops.ewc_penalty import triton
+
+            return triton
+        case "native":
+            from fastewc.ops.ewc_penalty import native
+
+            return native
+        case "reference":
+            from fastewc.ops.ewc_penalty import reference
+
+            return reference
+
+
+def _chosen(indices: Sequence[int], *lists: Sequence[Tensor]) -> list[list[Tensor]]:
+    return [[entries[i].detach() for i in indices] for entries in lists]
+
+
+def _by_device(params: Sequence[Tensor]) -> list[tuple[torch.device, list[int]]]:
+    """The indices of the tensors on each device; most models have one."""
+    found: dict[torch.device, list[int]] = defaultdict(list)
+    for i, p in enumerate(params):
+        found[p.device].append(i)
+    return list(found.items())
 
 
 def _check(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
+
+from fastewc.ops.ewc_penalty.schema import BINS, BINS_PER_OCTAVE, LOW, SUMS
 
 
 def stiffness(importance: Tensor, ewc_lambda: float | Tensor, lr: float | Tensor | None, variant: str) -> Tensor:
@@ -63,14 +67,6 @@ def penalty_grad(
     return drift.mul_(stiffness(importance, ewc_lambda, lr, variant))
 
 
-# Statistics of x = αλΩ come from one histogram of log2(x): BINS_PER_OCTAVE bins of width 2^(1/40) hold a quantile to
-# 2^(1/80) − 1 = 0.9 %. The range is that of float32, subnormals included; bin 0 is x = 0.
-BINS_PER_OCTAVE = 40
-_LOW, _HIGH = -149, 128
-_BINS = 1 + (_HIGH - _LOW) * BINS_PER_OCTAVE
-_SUMS = 4  # penalty, Σ(w − w*)², count of x > 1, maximum of x; the histogram follows
-
-
 def stats_terms(
     w: Tensor,
     importance: Tensor,
@@ -85,22 +81,113 @@ def stats_terms(
     value = penalty(w, importance, anchor, ewc_lambda, lr, variant)
     largest = x.max() if x.numel() else x.new_zeros(())
     sums = torch.stack([value.double(), drift.double().square().sum(), (x > 1).sum().double(), largest.double()])
-    bins = ((torch.log2(x.flatten()) - _LOW) * BINS_PER_OCTAVE).clamp(0, _BINS - 2).nan_to_num().long() + 1
+    bins = ((torch.log2(x.flatten()) - LOW) * BINS_PER_OCTAVE).clamp(0, BINS - 2).nan_to_num().long() + 1
     bins = torch.where(x.flatten() > 0, bins, 0)
-    return torch.cat([sums, torch.bincount(bins, minlength=_BINS).double()])
+    return torch.cat([sums, torch.bincount(bins, minlength=BINS).double()])
 
 
-def merge_stats_terms(a: Tensor, b: Tensor) -> Tensor:
-    """The terms of two disjoint sets of weights as one: sums add, the maximum is the larger."""
-    merged = a + b
-    merged[3] = torch.maximum(a[3], b[3])
+def ewc_penalty_value(
+    params: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    ewc_lambda: float,
+    lrs: Sequence[float],
+    live_lrs: Tensor | None,
+    variant: str,
+) -> Tensor:
+    """½ Σ c(w − w*)² of all tensors: float32, float64 if any importance is."""
+    dtype = torch.float64 if any(omega.dtype == torch.float64 for omega in importances) else torch.float32
+    total = torch.zeros((), dtype=dtype, device=params[0].device)
+    for w, omega, anchor, lr in zip(params, importances, anchors, _each(lrs, live_lrs), strict=True):
+        total = total + penalty(w, omega, anchor, ewc_lambda, _like(lr, omega), variant).to(total)
+    return total
+
+
+def ewc_penalty_grads(
+    params: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    ewc_lambda: float,
+    lrs: Sequence[float],
+    live_lrs: Tensor | None,
+    variant: str,
+    negate: bool,
+    scale: Tensor | None,
+) -> list[Tensor]:
+    """±scale·c(w − w*) of each tensor in its dtype; added to its gradient, in the gradient's dtype, if ``grads``."""
+    results = []
+    for i, (w, omega, anchor, lr) in enumerate(zip(params, importances, anchors, _each(lrs, live_lrs), strict=True)):
+        pull = penalty_grad(w, omega, anchor, ewc_lambda, _like(lr, omega), variant)
+        if scale is not None:
+            pull = pull * scale.to(pull)
+        pull = -pull if negate else pull
+        results.append(_added(grads[i], pull) if grads else pull.to(w.dtype))
+    return results
+
+
+def _added(grad: Tensor, pull: Tensor) -> Tensor:
+    pulled = grad + pull
+    if grad.dtype == torch.float16:  # GradScaler has looked for infinities before: the pull must not add one
+        largest = torch.finfo(grad.dtype).max
+        pulled = torch.where(grad.isfinite(), pulled.clamp(-largest, largest), pulled)
+    return pulled.to(grad.dtype)
+
+
+def ewc_hold_back_(
+    params: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    ewc_lambda: float,
+    lrs: Sequence[float],
+    live_lrs: Tensor | None,
+    skip: Tensor | None,
+) -> None:
+    """E3 and E4 in place, w moved towards its target; nothing where ``skip`` is not 0."""
+    for param, target, omega, lr in zip(params, targets, importances, _each(lrs, live_lrs), strict=True):
+        w = param.to(omega.dtype)
+        moved = held_back(w, target, omega, ewc_lambda, _like(lr, omega))
+        param.copy_(moved if skip is None else torch.where(skip.to(w.device).reshape(()) != 0, w, moved))
+
+
+def ewc_stats_terms(
+    params: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    ewc_lambda: float,
+    lrs: Sequence[float],
+    live_lrs: Tensor | None,
+    variant: str,
+) -> Tensor:
+    """:func:`stats_terms` of all tensors as one: sums add, the maximum is the largest."""
+    parts = torch.stack(
+        [
+            stats_terms(w, omega, anchor, ewc_lambda, _like(lr, omega), variant)
+            for w, omega, anchor, lr in zip(params, importances, anchors, _each(lrs, live_lrs), strict=True)
+        ]
+    )
+    return merge_stats_terms(parts)
+
+
+def merge_stats_terms(parts: Tensor) -> Tensor:
+    """The terms [n, 4 + bins] of disjoint sets of weights as one: sums add, the maximum is the largest."""
+    merged: Tensor = parts.sum(0)
+    merged[3] = parts[:, 3].max()
     return merged
+
+
+def _each(lrs: Sequence[float], live_lrs: Tensor | None) -> Iterable[float | Tensor]:
+    return lrs if live_lrs is None else live_lrs.unbind()
+
+
+def _like(lr: float | Tensor, omega: Tensor) -> float | Tensor:
+    return lr.to(omega.dtype) if isinstance(lr, Tensor) else lr
 
 
 def finish_stats(terms: Tensor) -> dict[str, float]:
     """The statistics from their summed terms [4 + bins], on the host."""
-    value, squares, above, largest = terms[:_SUMS].tolist()
-    cumulated = terms[_SUMS:].cumsum(0)
+    value, squares, above, largest = terms[:SUMS].tolist()
+    cumulated = terms[SUMS:].cumsum(0)
     count = float(cumulated[-1])
     found = {"penalty": value, "max": largest}
     for name, q in (("q50", 0.5), ("q90", 0.9), ("q99", 0.99)):
@@ -121,4 +208,4 @@ def _quantile(cumulated: Tensor, count: float, q: float) -> float:
 
 def _bin_value(index: int) -> float:
     """The geometric centre of a bin; 0 for bin 0."""
-    return float(2.0 ** (_LOW + (index - 0.5) / BINS_PER_OCTAVE)) if index else 0.0
+    return float(2.0 ** (LOW + (index - 0.5) / BINS_PER_OCTAVE)) if index else 0.0

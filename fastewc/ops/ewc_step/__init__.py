@@ -1,6 +1,14 @@
 """One optimizer step with the penalty of elastic weight consolidation inside: SGD, Adam and AdamW."""
 
-from fastewc.ops.ewc_step.api import clip_coefficient, ewc_step, gradient_norm
+from fastewc.ops.ewc_step.api import Implementation, clip_coefficient, ewc_step, gradient_norm, implementation
 from fastewc.ops.ewc_step.rule import StepRule, StepTensors
 
-__all__ = ["StepRule", "StepTensors", "clip_coefficient", "ewc_step", "gradient_norm"]
+__all__ = [
+    "Implementation",
+    "StepRule",
+    "StepTensors",
+    "clip_coefficient",
+    "ewc_step",
+    "gradient_norm",
+    "implementation",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,16 +50,64 @@ def ewc_step(
         NotImplementedError: the requested ``impl`` cannot run here; the reason is named.
     """
     _check_lengths(rule, tensors)
-    if not tensors.params:
-        return
-    name = _dispatch.choose("ewc_step", impl, tensors.params[0].device)
-    match name:
+    if tensors.params:
+        step = implementation(impl, tensors.params[0].device)
+        step(rule, tensors, clip_coef=clip_coef, grad_scale=grad_scale, found_inf=found_inf)
+
+
+class Implementation(Protocol):
+    """:func:`ewc_step` without its checks, for tensors of one kind of device."""
+
+    def __call__(
+        self,
+        rule: StepRule,
+        tensors: StepTensors,
+        *,
+        clip_coef: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Step every tensor in place."""
+
+
+def implementation(impl: _dispatch.Impl, device: torch.device) -> Implementation:
+    """What :func:`ewc_step` runs: chosen once, called as often as the device stays. Errors as there."""
+    match _dispatch.choose("ewc_step", impl, device):
         case "reference":
             from fastewc.ops.ewc_step import reference
 
-            reference.ewc_step(rule, tensors, clip_coef=clip_coef, grad_scale=grad_scale, found_inf=found_inf)
-        case _:
-            raise NotImplementedError(f"ewc_step has no {name!r} implementation yet; use impl='auto' or 'reference'")
+            return reference.ewc_step
+        case "native":
+            from fastewc.ops.ewc_step import native
+
+            return _counted(native.ewc_step)
+        case "triton":
+            from fastewc.ops.ewc_step import triton
+
+            return _counted(triton.ewc_step)
+
+
+def _counted(kernel: Implementation) -> Implementation:
+    """What the kernels leave to Python."""
+
+    def step(
+        rule: StepRule,
+        tensors: StepTensors,
+        *,
+        clip_coef: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        if found_inf is not None:
+            # Kernels read it where they run; a new momentum buffer, though, must not come to be in a skipped step.
+            new = any(buffer is None for buffer in tensors.momentum_buffers)
+            if (new or tensors.params[0].device.type == "cpu") and bool(found_inf):
+                return
+        kernel(rule, tensors, clip_coef=clip_coef, grad_scale=grad_scale, found_inf=found_inf)
+        # They write without telling autograd; a later backward through the old weights must notice.
+        torch.autograd.graph.increment_version(tensors.params)
+
+    return step
 
 
 def gradient_norm(calls: Sequence[tuple[StepRule, StepTensors]], *, grad_scale: Tensor | None = None) -> Tensor:

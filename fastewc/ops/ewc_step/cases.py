@@ -118,7 +118,8 @@ class Case:
 
     def _adam_scales(self, t: StepTensors, new: StepTensors, i: int, g: Tensor) -> dict[str, Tensor]:
         beta1, beta2 = (float(beta) for beta in self.rule.betas)
-        m = beta1 * t.exp_avgs[i].abs() + (1 - beta1) * g
+        # Below ½, lerp takes β₁ from 1 − (1 − β₁), whose rounding is one of 1.
+        m = (beta1 if beta1 >= 0.5 else 1.0) * t.exp_avgs[i].abs() + (1 - beta1) * g
         v = beta2 * t.exp_avg_sqs[i] + (1 - beta2) * g.square()
         step = new.steps[i]
         v_used, v_scale = new.exp_avg_sqs[i], v

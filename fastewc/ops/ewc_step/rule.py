@@ -24,6 +24,8 @@ class StepRule:
         clip_penalty: the clip coefficient scales the sum of task gradient and penalty, not the task gradient
             alone.
         regularized_path: the path integral uses task gradient + penalty, not the task gradient alone.
+        scalars: everything of ``schema.SCALARS``, in its order.
+        numbers: the scalars as numbers; None if any of them is a tensor, whose value may change.
     """
 
     kind: Literal["sgd", "adam"]
@@ -41,6 +43,17 @@ class StepRule:
     ewc_lambda: float | Tensor = 0.0
     clip_penalty: bool = False
     regularized_path: bool = False
+
+    scalars: tuple[float | Tensor, ...] = field(init=False, repr=False, compare=False)
+    numbers: list[float] | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        scalars = (
+            self.lr, self.ewc_lambda, self.weight_decay, *self.betas, self.eps, self.momentum, self.dampening,
+        )  # fmt: skip
+        live = any(isinstance(value, Tensor) for value in scalars)
+        object.__setattr__(self, "scalars", scalars)
+        object.__setattr__(self, "numbers", None if live else [float(value) for value in scalars])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,331 @@
+// ewc_step on the CPU: SGD, Adam and AdamW with the penalty inside, one parallel loop over all tensors.
+//
+// fastewc/ops/ewc_step/reference.py is the specification; the schema is in fastewc/ops/ewc_step/schema.py. Each block of
+// 1,024 elements goes through short loops (gradient, update, hold back, path integral) whose intermediate values stay in
+// the first-level cache: memory is read and written once, and a flag chooses between loops, not inside them.
+#include "../multi_tensor_cpu.h"
+#include "arguments.h"
+#include "rule.h"
+
+#include <cmath>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace fastewc {
+namespace {
+
+enum class Pull { none, plain, stabilized };
+enum class Hold { none, to_anchor, to_old };
+
+// What all tensors share. T is the arithmetic's type; sums and products of scalars are formed in double before.
+template <typename T>
+struct Rule {
+  bool adam, nesterov, first, clip_penalty, regularized_path;
+  Variant variant;
+  T task_factor; // ± 1/grad_scale
+  T clip; // κ
+  T lr, lambda, alpha_lambda, limit;
+  T coupled_decay, decay_factor; // SGD, Adam: g + ηw; AdamW: (1 − αη)w
+  T beta2, one_minus_beta1, one_minus_beta2, eps;
+  T momentum, one_minus_dampening;
+};
+
+// One parameter with what belongs to it.
+struct Entry {
+  Stream param, grad, momentum_buffer, exp_avg, exp_avg_sq, max_exp_avg_sq, importance, anchor, path_integral;
+  double step_size = 0, root_bias_correction2 = 1; // Adam: α/(1 − β₁ᵗ) and √(1 − β₂ᵗ)
+};
+
+// A block of the inputs, converted to T.
+template <typename T>
+struct Block {
+  int64_t n;
+  const T *w, *grad, *omega, *anchor;
+};
+
+// κ·task + c(w − w*), or κ·(task + c(w − w*)), then + ηw: the gradient that the optimizer sees.
+template <Pull pull, typename T>
+struct Gradient {
+  const Block<T>& in;
+  T before, after, lambda, alpha, limit, eta;
+
+  Gradient(const Rule<T>& rule, const Block<T>& in, T clip, T eta)
+      : in(in),
+        before(rule.task_factor * (rule.clip_penalty ? T(1) : clip)),
+        after(rule.clip_penalty ? clip : T(1)),
+        lambda(rule.lambda),
+        alpha(rule.lr),
+        limit(rule.limit),
+        eta(eta) {}
+
+  FASTEWC_INLINE T operator()(int64_t i) const {
+    T g = in.grad[i] * before;
+    if constexpr (pull == Pull::plain) {
+      g += lambda * in.omega[i] * (in.w[i] - in.anchor[i]);
+    } else if constexpr (pull == Pull::stabilized) {
+      g += stabilized_stiffness(in.omega[i], lambda, alpha, limit) * (in.w[i] - in.anchor[i]);
+    }
+    return g * after + eta * in.w[i];
+  }
+};
+
+// w⁺ from w′.
+template <Hold hold, typename T>
+FASTEWC_INLINE T held(const Block<T>& in, T alpha_lambda, T w_new, int64_t i) {
+  if constexpr (hold == Hold::none) {
+    return w_new;
+  } else {
+    return held_back(w_new, hold == Hold::to_anchor ? in.anchor[i] : in.w[i], in.omega[i], alpha_lambda);
+  }
+}
+
+// SGD; b is the momentum buffer, null without momentum.
+template <Pull pull, Hold hold, typename T>
+FASTEWC_INLINE void sgd_block(const Rule<T>& rule, const Block<T>& in, T* b, T* w_new) {
+  const Gradient<pull, T> gradient(rule, in, rule.clip, rule.coupled_decay);
+  const T lr = rule.lr, alpha_lambda = rule.alpha_lambda;
+  if (b == nullptr) {
+    return stream(in.n, {in.w, in.grad, in.omega, in.anchor}, [&](int64_t i) FASTEWC_INLINE_LAMBDA {
+      w_new[i] = held<hold>(in, alpha_lambda, in.w[i] - lr * gradient(i), i);
+    });
+  }
+  const T keep = rule.first ? T(0) : rule.momentum, fresh = rule.first ? T(1) : rule.one_minus_dampening;
+  const T own = rule.nesterov ? T(1) : T(0), share = rule.nesterov ? rule.momentum : T(1);
+  if (rule.first) {
+    std::fill_n(b, in.n, T(0)); // what is there now is not a number to rely on
+  }
+  stream(in.n, {in.w, in.grad, in.omega, in.anchor, b}, [&](int64_t i) FASTEWC_INLINE_LAMBDA {
+    const T g = gradient(i);
+    const T velocity = keep * b[i] + fresh * g;
+    w_new[i] = held<hold>(in, alpha_lambda, in.w[i] - lr * (own * g + share * velocity), i);
+    b[i] = velocity;
+  });
+}
+
+// Adam and AdamW; `largest` is amsgrad's maximum of v.
+template <Pull pull, Hold hold, bool amsgrad, typename T>
+FASTEWC_INLINE void adam_block(
+    const Rule<T>& rule, const Entry& entry, const Block<T>& in, T* m, T* v, T* largest, T* w_new) {
+  const Gradient<pull, T> gradient(rule, in, rule.clip, rule.coupled_decay);
+  const T step_size = static_cast<T>(entry.step_size);
+  const T inverse_root = static_cast<T>(1 / entry.root_bias_correction2);
+  const T beta2 = rule.beta2, fresh1 = rule.one_minus_beta1, fresh2 = rule.one_minus_beta2, eps = rule.eps;
+  const T decay_factor = rule.decay_factor, alpha_lambda = rule.alpha_lambda;
+  stream(in.n, {in.w, in.grad, in.omega, in.anchor, m, v, largest}, [&](int64_t i) FASTEWC_INLINE_LAMBDA {
+    const T g = gradient(i);
+    const T first = interpolate(m[i], g, fresh1);
+    const T second = beta2 * v[i] + fresh2 * g * g;
+    T used = second;
+    if constexpr (amsgrad) {
+      used = largest[i] < second || second != second ? second : largest[i]; // NaN wins, as in torch.maximum
+      largest[i] = used;
+    }
+    const T updated = in.w[i] * decay_factor - step_size * first / (std::sqrt(used) * inverse_root + eps);
+    w_new[i] = held<hold>(in, alpha_lambda, updated, i);
+    m[i] = first;
+    v[i] = second;
+  });
+}
+
+// ω ← ω − g(w⁺ − w), with g before clipping and decay.
+template <Pull pull, typename T>
+FASTEWC_INLINE void path_block(const Rule<T>& rule, const Block<T>& in, const T* w_new, T* path) {
+  const Gradient<pull, T> gradient(rule, in, T(1), T(0));
+  stream<T>(in.n, {path}, [&](int64_t i) FASTEWC_INLINE_LAMBDA { path[i] -= gradient(i) * (w_new[i] - in.w[i]); });
+}
+
+// Rounds values of a parameter as they will be stored.
+template <typename T>
+FASTEWC_INLINE void round_to(ScalarType dtype, T* values, int64_t n) {
+  if (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half) {
+    uint16_t rounded[BLOCK];
+    const Stream scratch{rounded, dtype};
+    store(scratch, 0, n, values);
+    load(scratch, 0, n, values);
+  }
+}
+
+// Calls f with the pull and the hold of an entry as constants.
+template <typename F>
+FASTEWC_INLINE void with_variant(bool protects, Variant variant, const F& f) {
+  if (!protects) {
+    return f.template operator()<Pull::none, Hold::none>();
+  }
+  switch (variant) {
+    case Variant::plain:
+      return f.template operator()<Pull::plain, Hold::none>();
+    case Variant::stabilized:
+      return f.template operator()<Pull::stabilized, Hold::none>();
+    case Variant::proximal:
+      return f.template operator()<Pull::none, Hold::to_anchor>();
+    case Variant::wva:
+      return f.template operator()<Pull::none, Hold::to_old>();
+  }
+}
+
+template <typename T>
+FASTEWC_INLINE void step_blocks(const Rule<T>& rule, const Entry& entry, int64_t begin, int64_t end) {
+  alignas(64) T w_buffer[BLOCK], grad_buffer[BLOCK], m_buffer[BLOCK], v_buffer[BLOCK], largest_buffer[BLOCK],
+      new_buffer[BLOCK], omega_buffer[BLOCK], anchor_buffer[BLOCK], path_buffer[BLOCK];
+  const auto or_null = [](const Stream& stream, int64_t begin, int64_t n, T* buffer) FASTEWC_INLINE_LAMBDA -> T* {
+    return stream ? load(stream, begin, n, buffer) : nullptr;
+  };
+  for (; begin < end; begin += BLOCK) {
+    const int64_t n = std::min(BLOCK, end - begin);
+    T* const w = load(entry.param, begin, n, w_buffer);
+    const Block<T> in{
+        n, w, load(entry.grad, begin, n, grad_buffer), or_null(entry.importance, begin, n, omega_buffer),
+        or_null(entry.anchor, begin, n, anchor_buffer)};
+    // Straight into the parameter, unless it needs rounding or the old weight is needed afterwards.
+    T* const w_new = w == w_buffer || entry.path_integral ? new_buffer : w;
+    T* const b = or_null(entry.momentum_buffer, begin, n, m_buffer);
+    T* const m = or_null(entry.exp_avg, begin, n, m_buffer);
+    T* const v = or_null(entry.exp_avg_sq, begin, n, v_buffer);
+    T* const largest = or_null(entry.max_exp_avg_sq, begin, n, largest_buffer);
+    T* const path = or_null(entry.path_integral, begin, n, path_buffer);
+    with_variant(bool(entry.importance), rule.variant, [&]<Pull pull, Hold hold>() FASTEWC_INLINE_LAMBDA {
+      if (!rule.adam) {
+        sgd_block<pull, hold>(rule, in, b, w_new);
+      } else if (largest == nullptr) {
+        adam_block<pull, hold, false>(rule, entry, in, m, v, largest, w_new);
+      } else {
+        adam_block<pull, hold, true>(rule, entry, in, m, v, largest, w_new);
+      }
+      if (path != nullptr) {
+        round_to(entry.param.dtype, w_new, n);
+        if (rule.regularized_path) {
+          path_block<pull>(rule, in, w_new, path);
+        } else {
+          path_block<Pull::none>(rule, in, w_new, path);
+        }
+      }
+    });
+    const auto keep = [&](const Stream& stream, const T* values) FASTEWC_INLINE_LAMBDA {
+      if (stream) {
+        store(stream, begin, n, values);
+      }
+    };
+    keep(entry.momentum_buffer, b);
+    keep(entry.exp_avg, m);
+    keep(entry.exp_avg_sq, v);
+    keep(entry.max_exp_avg_sq, largest);
+    keep(entry.path_integral, path);
+    keep(entry.param, w_new);
+  }
+}
+
+double value_or(const std::optional<Tensor>& t, double otherwise) {
+  return t ? number(*t) : otherwise;
+}
+
+// Advances the counter and returns it.
+double advance(const Tensor& step) {
+  double t = 0;
+  dispatch_floating("ewc_step", step.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    S* count = static_cast<S*>(step.mutable_data_ptr());
+    *count = static_cast<S>(to_float(*count) + 1);
+    t = to_float(*count);
+  });
+  return t;
+}
+
+void ewc_step_cpu(
+    std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
+    std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> max_exp_avg_sqs,
+    std::vector<Tensor> steps, std::vector<Tensor> importances, std::vector<Tensor> anchors,
+    std::vector<Tensor> path_integrals, std::optional<Tensor> clip_coef, std::optional<Tensor> grad_scale,
+    std::optional<Tensor> found_inf, std::optional<Tensor> live_scalars, std::vector<double> scalars, std::string kind,
+    std::string variant, bool maximize, bool nesterov, bool first, bool amsgrad, bool decoupled_weight_decay,
+    bool clip_penalty, bool regularized_path) {
+  const size_t count = params.size();
+  const bool adam = is_adam(kind);
+  check_lists(count, {&grads}, {&momentum_buffers, &importances, &path_integrals});
+  check_lists(adam ? count : 0, {&exp_avgs, &exp_avg_sqs, &steps}, {});
+  check_lists(adam && amsgrad ? count : 0, {&max_exp_avg_sqs}, {});
+  check_lists(importances.size(), {&anchors}, {});
+  check_scalars(scalars, live_scalars);
+  if (live_scalars) {
+    const double* live = static_cast<const double*>(live_scalars->const_data_ptr());
+    scalars.assign(live, live + 8);
+  }
+  const double lr = scalars[0], lambda = scalars[1], decay = scalars[2], beta1 = scalars[3], beta2 = scalars[4],
+               eps = scalars[5], momentum = scalars[6], dampening = scalars[7];
+
+  // Everything is checked before anything is written.
+  Streams streams("ewc_step");
+  std::vector<Entry> entries(count);
+  std::vector<int64_t> float_sizes(count, 0), double_sizes(count, 0);
+  for (size_t i = 0; i < count; ++i) {
+    Entry& entry = entries[i];
+    streams.begin(
+        params[i],
+        {&params, &grads, &momentum_buffers, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &importances, &anchors,
+         &path_integrals},
+        i);
+    entry.param = streams.write(params[i]);
+    entry.grad = streams.read(grads[i]);
+    entry.momentum_buffer = momentum_buffers.empty() ? Stream{} : streams.write(momentum_buffers[i]);
+    entry.exp_avg = exp_avgs.empty() ? Stream{} : streams.write(exp_avgs[i]);
+    entry.exp_avg_sq = exp_avg_sqs.empty() ? Stream{} : streams.write(exp_avg_sqs[i]);
+    entry.max_exp_avg_sq = max_exp_avg_sqs.empty() ? Stream{} : streams.write(max_exp_avg_sqs[i]);
+    entry.importance = importances.empty() ? Stream{} : streams.read(importances[i]);
+    entry.anchor = anchors.empty() ? Stream{} : streams.read(anchors[i]);
+    entry.path_integral = path_integrals.empty() ? Stream{} : streams.write(path_integrals[i]);
+    (params[i].scalar_type() == ScalarType::Double ? double_sizes : float_sizes)[i] = params[i].numel();
+  }
+  if (value_or(found_inf, 0) != 0) {
+    return;
+  }
+  double counted = -1;
+  for (size_t i = 0; adam && i < count; ++i) {
+    const double t = advance(steps[i]);
+    if (i > 0 && t == counted) {
+      entries[i].step_size = entries[i - 1].step_size;
+      entries[i].root_bias_correction2 = entries[i - 1].root_bias_correction2;
+      continue;
+    }
+    counted = t;
+    entries[i].step_size = lr / (1 - std::pow(beta1, t));
+    entries[i].root_bias_correction2 = std::sqrt(1 - std::pow(beta2, t));
+  }
+  const auto run = [&]<typename T>(T, const std::vector<int64_t>& sizes) {
+    const float unscale = grad_scale ? static_cast<float>(1 / number(*grad_scale)) : 1.0f;
+    const Rule<T> rule{
+        .adam = adam,
+        .nesterov = nesterov,
+        .first = first,
+        .clip_penalty = clip_penalty,
+        .regularized_path = regularized_path,
+        .variant = variant_of(variant),
+        .task_factor = static_cast<T>(maximize ? -unscale : unscale),
+        .clip = static_cast<T>(value_or(clip_coef, 1)),
+        .lr = static_cast<T>(lr),
+        .lambda = static_cast<T>(lambda),
+        .alpha_lambda = static_cast<T>(lambda * lr),
+        .limit = stiffness_limit<T>(lr),
+        .coupled_decay = static_cast<T>(decoupled_weight_decay ? 0 : decay),
+        .decay_factor = static_cast<T>(decoupled_weight_decay ? 1 - lr * decay : 1),
+        .beta2 = static_cast<T>(beta2),
+        .one_minus_beta1 = static_cast<T>(1 - beta1),
+        .one_minus_beta2 = static_cast<T>(1 - beta2),
+        .eps = static_cast<T>(eps),
+        .momentum = static_cast<T>(momentum),
+        .one_minus_dampening = static_cast<T>(1 - dampening),
+    };
+    parallel_over(sizes, [&](size_t i, int64_t begin, int64_t end) {
+      vectorised([&]() FASTEWC_INLINE_LAMBDA { step_blocks(rule, entries[i], begin, end); });
+    });
+  };
+  run(float{}, float_sizes);
+  run(double{}, double_sizes);
+  streams.copy_back();
+}
+
+} // namespace
+} // namespace fastewc
+
+STABLE_TORCH_LIBRARY_IMPL(fastewc, CPU, m) {
+  m.impl("ewc_step", TORCH_BOX(&fastewc::ewc_step_cpu));
+}

@@ -1,0 +1,45 @@
+// How the elements of a tensor lie in memory.
+#pragma once
+
+#include "common.h"
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+namespace fastewc {
+
+inline bool same_strides(const Tensor& a, const Tensor& b) {
+  const auto x = a.strides(), y = b.strides(), sizes = a.sizes();
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (sizes[d] > 1 && x[d] != y[d]) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// True if the elements fill their memory without gaps or overlaps, in any order of dimensions.
+inline bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) {
+    return true;
+  }
+  const auto sizes = t.sizes(), strides = t.strides();
+  std::vector<std::pair<int64_t, int64_t>> dims; // (stride, size)
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (sizes[d] > 1) {
+      dims.emplace_back(strides[d], sizes[d]);
+    }
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) {
+      return false;
+    }
+    expected *= size;
+  }
+  return true;
+}
+
+} // namespace fastewc

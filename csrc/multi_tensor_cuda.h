@@ -1,0 +1,195 @@
+// Many tensors as one CUDA kernel, the host's side: any dtype and layout becomes segments of memory, those launches.
+#pragma once
+
+#include "common_cuda.h"
+#include "layout.h"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace fastewc {
+
+// Chunks a multiprocessor gets if the tensors are large enough: so many that the last ones to finish idle few others.
+constexpr int64_t CHUNKS_PER_MULTIPROCESSOR = 16;
+constexpr int64_t TILES_PER_CHUNK = 32; // at most
+
+// Where a call runs: the device of its tensors, made current, and torch's stream there.
+class Place {
+ public:
+  explicit Place(const Tensor& t) : device_(t.get_device_index()), guard_(device_) {
+    STD_TORCH_CHECK(t.is_cuda(), "wanted CUDA tensors, given one of device index ", device_);
+    STD_CUDA_CHECK(cudaSetDevice(device_)); // for this library's own, static runtime
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device_));
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  int multiprocessors() const {
+    return multiprocessors_;
+  }
+
+  bool has(const Tensor& t) const {
+    return t.get_device_index() == device_; // -1 on the CPU
+  }
+
+  template <typename Arguments>
+  void launch(void (*kernel)(Arguments), int64_t blocks, const std::remove_const_t<Arguments>& arguments) const {
+    static_assert(sizeof(Arguments) <= ARGUMENT_BYTES);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(THREADS);
+    config.stream = stream_;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments));
+  }
+
+  // How many elements a block takes: a multiple of `tile`, small enough to give every multiprocessor its share.
+  int chunk_size(int64_t total, int tile) const {
+    const int64_t share = total / (CHUNKS_PER_MULTIPROCESSOR * multiprocessors_);
+    return tile * static_cast<int>(std::clamp<int64_t>((share + tile - 1) / tile, 1, TILES_PER_CHUNK));
+  }
+
+ private:
+  int device_, multiprocessors_ = 1;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+// Calls launch(table, chunks) with as many segments at a time as the arguments of a kernel hold.
+template <typename S, typename F>
+void for_each_table(const std::vector<S>& segments, int chunk_size, const F& launch) {
+  Table<S> table = {};
+  table.chunk_size = chunk_size;
+  int64_t chunks = 0;
+  for (size_t i = 0; i < segments.size(); ++i) {
+    S& entry = table.segments[table.count++] = segments[i];
+    entry.first_chunk = static_cast<int>(chunks);
+    chunks += (entry.size + chunk_size - 1) / chunk_size;
+    if (table.count == Table<S>::CAPACITY || i + 1 == segments.size()) {
+      launch(table, chunks);
+      table.count = 0;
+      chunks = 0;
+    }
+  }
+}
+
+template <typename S>
+int64_t total_size(const std::vector<S>& segments) {
+  int64_t total = 0;
+  for (const S& segment : segments) {
+    total += segment.size;
+  }
+  return total;
+}
+
+template <typename S>
+int64_t count_chunks(const std::vector<S>& segments, int chunk_size) {
+  int64_t chunks = 0;
+  for (const S& segment : segments) {
+    chunks += (segment.size + chunk_size - 1) / chunk_size;
+  }
+  return chunks;
+}
+
+// A new tensor of t's shape, and of its strides where t is dense.
+inline Tensor empty_as(const Tensor& t, ScalarType dtype) {
+  using torch::stable::detail::from;
+  const std::nullopt_t none = std::nullopt;
+  const std::optional<ScalarType> wanted = dtype;
+  StableIValue stack[] = {from(t), from(wanted), from(none), from(none), from(none), from(none)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The dtype of a floating tensor. (Tensor::scalar_type asks torch for the number of one dtype after the other, which
+// would take hundreds of small tensors longer than anything else here.)
+inline ScalarType dtype_of(const char* op, const Tensor& t) {
+  static const std::pair<int32_t, ScalarType> known[] = {
+      {aoti_torch_dtype_float32(), ScalarType::Float},
+      {aoti_torch_dtype_bfloat16(), ScalarType::BFloat16},
+      {aoti_torch_dtype_float16(), ScalarType::Half},
+      {aoti_torch_dtype_float64(), ScalarType::Double}};
+  int32_t number = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+  for (const auto& [own, dtype] : known) {
+    if (own == number) {
+      return dtype;
+    }
+  }
+  STD_TORCH_CHECK(
+      false, op, ": wanted float32, float64, bfloat16 or float16 tensors, given ", name_of(t.scalar_type()));
+}
+
+// Gives kernels the memory of tensors: all tensors of an entry in the layout of its first one and in a dtype that the
+// kernel reads. Where a tensor is otherwise, a copy stands in for it.
+class Streams {
+ public:
+  Streams(const char* op, const Place& place) : op_(op), place_(place) {}
+
+  // The next entry: its kernel computes in `math`, Float or Double, and all its tensors take the layout of `lead`.
+  void begin(const Tensor& lead, ScalarType math) {
+    layout_ = is_dense(lead) ? lead : torch::stable::contiguous(lead);
+    math_ = math;
+  }
+
+  // Kernels read float64 in double arithmetic only and nothing else there; `only_math`: this list is read as the
+  // arithmetic's type. `written`: the kernel changes the tensor.
+  template <typename S>
+  void put(S& segment, int list, const Tensor& t, bool written = false, bool only_math = false) {
+    const ScalarType own = dtype_of(op_, t);
+    STD_TORCH_CHECK(place_.has(t), op_, ": wanted all tensors on the device of the first parameter");
+    STD_TORCH_CHECK(
+        t.sizes() == layout_.sizes(), op_, ": wanted a tensor of its parameter's shape ", shape_of(layout_), ", given ",
+        shape_of(t));
+    const bool narrow = own != ScalarType::Double && math_ != ScalarType::Double && !only_math;
+    const ScalarType dtype = narrow ? own : math_;
+    if (own == dtype && same_strides(t, layout_)) {
+      segment.put(list, written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()), dtype);
+      return;
+    }
+    copies_.push_back(empty_as(layout_, dtype));
+    torch::stable::copy_(copies_.back(), t);
+    segment.put(list, copies_.back().mutable_data_ptr(), dtype);
+    if (written) {
+      written_.emplace_back(t, copies_.back());
+    }
+  }
+
+  // 0-dim, on the device; nothing for nothing.
+  DeviceScalar scalar(const std::optional<Tensor>& t) {
+    if (!t) {
+      return {};
+    }
+    STD_TORCH_CHECK(
+        t->numel() == 1 && place_.has(*t), op_, ": wanted a scalar on the device of the parameters, given ",
+        shape_of(*t), place_.has(*t) ? "" : " elsewhere");
+    const ScalarType dtype = t->scalar_type();
+    if (dtype == ScalarType::Float || dtype == ScalarType::Double) {
+      return {t->const_data_ptr(), dtype};
+    }
+    copies_.push_back(torch::stable::to(*t, ScalarType::Double));
+    return {copies_.back().const_data_ptr(), ScalarType::Double};
+  }
+
+  // Call once all work is launched.
+  void copy_back() {
+    for (auto& [to, from] : written_) {
+      torch::stable::copy_(to, from);
+    }
+  }
+
+ private:
+  const char* op_;
+  const Place& place_;
+  Tensor layout_;
+  ScalarType math_ = ScalarType::Float;
+  std::vector<Tensor> copies_;
+  std::vector<std::pair<Tensor, Tensor>> written_;
+};
+
+} // namespace fastewc
