@@ -20,7 +20,8 @@
 
 // Plain loops are compiled once per vector width and chosen when the library loads (GNU ifunc): one binary serves any
 // x86-64 without -march=native. Elsewhere the baseline already has vectors (Arm) or ifunc is missing (musl, macOS).
-#if !defined(FASTEWC_NO_CPU_CLONES) && defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12 && \
+    !defined(FASTEWC_NO_CPU_CLONES)
 #define FASTEWC_CPU_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FASTEWC_CPU_CLONES

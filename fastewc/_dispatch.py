@@ -22,7 +22,7 @@ IMPLS: tuple[Chosen, ...] = ("reference", "triton", "native")
 
 # (op, implementation) -> the device types it has a kernel for. The reference runs everywhere.
 _KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("squared_norm_grad", "native"): ("cpu",),
+    ("squared_norm_grad", "native"): ("cpu", "cuda"),
     ("ewc_step", "native"): ("cpu", "cuda"),
     ("ewc_step", "triton"): ("cuda",),
     ("ewc_penalty", "native"): ("cpu", "cuda"),

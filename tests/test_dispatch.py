@@ -33,7 +33,8 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
 def test_auto_takes_the_best_that_runs(native: Callable[[str | None], None]) -> None:
     native(None)
     assert choose("squared_norm_grad", "auto", CPU) == "native"
-    assert choose("squared_norm_grad", "auto", CUDA) == "reference"
+    assert choose("squared_norm_grad", "auto", CUDA) == "native"
+    assert choose("sum_grad_power", "auto", CUDA) == "reference"
     assert choose("squared_norm_grad", "auto", torch.device("meta")) == "reference"
     assert choose("ewc_penalty", "auto", CPU) == "native"
     assert choose("sum_grad_power", "auto", CPU) == "reference"
@@ -74,9 +75,9 @@ def test_an_explicit_request_never_falls_back(native: Callable[[str | None], Non
         choose("squared_norm_grad", "native", CPU)
     native(None)
     with pytest.raises(
-        NotImplementedError, match=r"can't run on cuda tensors: not implemented yet.*for CPU tensors only"
+        NotImplementedError, match=r"can't run on meta tensors: not implemented yet.*for CPU and CUDA tensors only"
     ):
-        choose("squared_norm_grad", "native", CUDA)
+        choose("squared_norm_grad", "native", torch.device("meta"))
     for op in OPS:
         with pytest.raises(NotImplementedError, match=rf"{op} with impl='triton'.*not implemented yet"):
             choose(op, "triton", CPU)

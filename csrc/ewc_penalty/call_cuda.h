@@ -41,7 +41,7 @@ struct Factors {
     lambda = static_cast<M>(args.ewc_lambda);
     lr = static_cast<M>(alpha);
     alpha_lambda = static_cast<M>(args.ewc_lambda * alpha);
-    limit = static_cast<M>(0x1p124 / (alpha > 1 ? alpha : 1));
+    limit = stiffness_limit<M>(alpha);
   }
 
   // c of E1 or E2.

@@ -24,7 +24,7 @@ struct Rule {
     lr = static_cast<T>(alpha);
     lambda = static_cast<T>(scalars[1]);
     alpha_lambda = static_cast<T>(alpha * scalars[1]);
-    limit = static_cast<T>(0x1p124 / (alpha > 1 ? alpha : 1)); // as stiffness_limit, but on the device too
+    limit = stiffness_limit<T>(alpha);
     decay = static_cast<T>(decoupled ? 1 - alpha * eta : eta);
     one_minus_beta1 = static_cast<T>(1 - scalars[3]);
     beta2 = static_cast<T>(scalars[4]);

@@ -3,7 +3,6 @@
 // Letters as in fastewc/ops/ewc_step/reference.py: w weight, a anchor w*, Ω importance, α learning rate, λ ewc_lambda.
 #pragma once
 
-#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -36,8 +35,8 @@ FASTEWC_HD float reciprocal(float x) {
 
 // λΩ is cut off here, so that 1 + αλΩ stays in the range of `reciprocal`: beyond, c is 1/α to the last bit anyway.
 template <typename T>
-inline T stiffness_limit(double lr) {
-  return static_cast<T>(std::min<double>(std::numeric_limits<T>::max(), 0x1p124 / std::max(lr, 0x1p-100)));
+FASTEWC_HD T stiffness_limit(double lr) {
+  return static_cast<T>(0x1p124 / (lr > 1 ? lr : 1.0));
 }
 
 // E2: c = λΩ / (1 + αλΩ).

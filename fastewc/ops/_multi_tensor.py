@@ -2,8 +2,8 @@
 
 Row 0 of a table counts elements; every other row holds one address (or one number) per tensor. Beside it stands the
 list of blocks: which tensor a program works on, and where in it the program begins. Tables are cached by addresses and
-sizes, never by object, so they keep no tensor alive and stay right when memory is reused; a step with new gradients
-sends one row. Nothing here imports Triton, and nothing waits for the device.
+sizes, so they keep no tensor alive and stay right when memory is reused; a step with new gradients sends one row.
+Nothing here imports Triton, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -12,124 +12,19 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
+from fastewc.ops._parts import Part, keep
 
 #: Programs that fill one multiprocessor several times over, so that the last wave costs little.
 PROGRAMS_PER_PROCESSOR = 16
 #: Tiles that one program takes at most: its start (two dependent loads) is then far below its bandwidth time.
 MAX_TILES = 16
-#: Tables kept; the least recently used goes first.
-CACHED_TABLES = 256
-
-_dtype = attrgetter("dtype")
-
-
-@dataclass(frozen=True)
-class Column:
-    """A list that a kernel uses, one tensor per parameter (or none at all).
-
-    Attributes:
-        tensors: all of dtype ``own``.
-        dtype: what the kernel reads and writes.
-        written: the kernel changes it.
-    """
-
-    tensors: Sequence[Tensor]
-    own: torch.dtype | None
-    dtype: torch.dtype
-    written: bool = False
-
-
-@dataclass
-class Arranged:
-    """Columns as kernels want them: the dtypes asked for, and in each row the same dense storage order.
-
-    ``copies`` pairs a caller's tensor with the temporary that stands in for it and was written.
-    """
-
-    columns: list[Sequence[Tensor]]
-    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def copy_back(self, skip: Tensor | None = None) -> None:
-        """Put results into the tensors they belong to; where the 0-dim ``skip`` is not zero they stay as they are."""
-        for target, written in self.copies:
-            target.copy_(written if skip is None else torch.where(skip.reshape(()) != 0, target, written))
-
-
-def arrange(columns: Sequence[Column]) -> Arranged:
-    """The tensors themselves where they are dense, of one order and of the right dtype, else temporaries.
-
-    The first column decides the order of a row, so that a channels_last parameter is walked as it lies.
-    """
-    if all(_plain(column) for column in columns):
-        return Arranged([column.tensors for column in columns])
-    copies = []
-    ready: list[list[Tensor]] = [[] for _ in columns]
-    for i, first in enumerate(columns[0].tensors):
-        order = _dense_order(first)
-        for column, entries in zip(columns, ready, strict=True):
-            if not column.tensors:
-                continue
-            tensor = stand_in = column.tensors[i]
-            strides = order[: tensor.ndim]  # a counter has no dimensions
-            if column.own != column.dtype or not _lies_as(tensor, strides):
-                stand_in = torch.empty_strided(tensor.shape, strides, dtype=column.dtype, device=tensor.device)
-                stand_in.copy_(tensor)
-                if column.written:
-                    copies.append((tensor, stand_in))
-            entries.append(stand_in)
-    return Arranged(list(ready), copies)
-
-
-def _plain(column: Column) -> bool:
-    return not column.tensors or (column.own == column.dtype and all(map(Tensor.is_contiguous, column.tensors)))
-
-
-def _dense_order(tensor: Tensor) -> tuple[int, ...]:
-    """The strides of the tensor if it fills its memory without gaps or overlaps, else those of a contiguous one."""
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
-        if stride != expected:
-            return torch.empty(tensor.shape, device="meta").stride()
-        expected *= size
-    return tensor.stride()
-
-
-def _lies_as(tensor: Tensor, order: tuple[int, ...]) -> bool:
-    """Strides of dimensions of size 1 mean nothing; nor do any where there is no element."""
-    strides = zip(tensor.stride(), order, tensor.shape, strict=True)
-    return tensor.numel() == 0 or all(own == wanted or size == 1 for own, wanted, size in strides)
-
-
-def groups(
-    lists: Sequence[Sequence[Tensor]],
-) -> list[tuple[tuple[torch.dtype | None, ...], list[int] | slice]]:
-    """Sets of rows that agree in the dtype of every list (None where it is empty): the dtypes, and which rows.
-
-    A full slice where all rows agree, which is what nearly always happens.
-    """
-    kinds = [set(map(_dtype, entries)) for entries in lists]
-    if all(len(kind) <= 1 for kind in kinds):
-        return [(tuple(next(iter(kind), None) for kind in kinds), slice(None))]
-    rows: dict[tuple[torch.dtype | None, ...], list[int]] = {}
-    for i in range(len(lists[0])):
-        rows.setdefault(tuple(entries[i].dtype if entries else None for entries in lists), []).append(i)
-    return list(rows.items())
-
-
-def take(entries: Sequence[T], chosen: list[int] | slice) -> Sequence[T]:
-    """The chosen entries of a list that is full or empty."""
-    if isinstance(chosen, slice) or not entries:
-        return entries
-    return [entries[i] for i in chosen]
 
 
 @dataclass
@@ -174,7 +69,7 @@ _lock = threading.Lock()
 
 def table(
     name: str,
-    columns: Sequence[Sequence[Tensor]],
+    part: Part,
     block: int,
     *,
     scratch: Callable[[int, int, torch.device], Tensor],
@@ -188,18 +83,19 @@ def table(
 
     Args:
         name: of the kernel: two kernels over the same parameters have different rows.
-        columns: one list per row, empty or with one tensor for each of the first column; all on one device.
+        part: what the table has addresses of, one row per column; all on one device.
         block: elements of a tile.
         scratch: (tensors, programs, device) -> what to allocate with a new table.
         numbers: further rows, int64.
     """
-    device = columns[0][0].device
-    numels = tuple(map(Tensor.numel, columns[0]))
-    rows = (*(tuple(map(Tensor.data_ptr, column)) for column in columns), *map(tuple, numbers))
+    params = part.columns[0]
+    device = params[0].device
+    numels = tuple(map(Tensor.numel, params))
+    rows = (*part.addresses, *map(tuple, numbers))
     stream, capturing = _stream(device)
     if capturing:
         return _new_table(numels, rows, block, device, scratch)
-    key = (name, device, stream, numels, rows[0])
+    key = (name, block, device, stream, numels, rows[0])
     with _lock:
         found = _tables.get(key)
         if found is not None:
@@ -208,9 +104,7 @@ def table(
             return found
     found = _new_table(numels, rows, block, device, scratch)
     with _lock:
-        _tables[key] = found
-        while len(_tables) > CACHED_TABLES:
-            _tables.popitem(last=False)
+        keep(_tables, key, found)
     return found
 
 

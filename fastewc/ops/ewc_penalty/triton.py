@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fastewc.ops import _multi_tensor as multi
 from fastewc.ops import _tiles
+from fastewc.ops._parts import Dtypes, parts, take
 from fastewc.ops._tiles import NARROW, aligned, locate, number, pointer, read, scalar, write
 from fastewc.ops.ewc_penalty import schema
 
@@ -271,40 +273,37 @@ def _launch(
     params, device = lists[0], lists[0][0].device
     skip = None if skip is None else skip.to(device, torch.float32)
     bits = struct.unpack(f"{len(params)}q", struct.pack(f"{len(params)}d", *(lrs or [0.0] * len(params))))
+    written = (mode == "hold_back", False, False, False, True)
     tables = []
     with multi.on_device(device):
-        for own, chosen in multi.groups(lists):
-            param, omega, anchor, grad, result = own
-            assert param is not None and omega is not None and anchor is not None
-            op = torch.promote_types(op_dtype(param), omega)
-            # Where gradients have a dtype of their own, or Ω wants more, all go through tensors of the arithmetic's.
-            alike = {grad, result} <= {param, None} and op == op_dtype(param)
-            stored = param if alike else op
-            dtypes = (stored, op, stored_anchor(stored, anchor), stored, stored)
-            written = (mode == "hold_back", False, False, False, True)
-            arranged = multi.arrange(
-                [
-                    multi.Column(multi.take(entries, chosen), kind, dtype, writes)
-                    for entries, kind, dtype, writes in zip(lists, own, dtypes, written, strict=True)
-                ]
-            )
-            constants = specialisation(mode, stored, dtypes[2])
-            indices = multi.take(range(len(params)), chosen)
-            table = multi.table(
-                f"ewc_penalty {mode}", arranged.columns, constants["BLOCK"],
-                numbers=(multi.take(bits, chosen), indices), scratch=_partials,
-            )  # fmt: skip
+        for part in parts(lists, fresh=range(len(lists)), wanted=_kernel_dtypes, written=written):
+            param, op, anchor, *_ = part.dtypes
+            constants = specialisation(mode, param, anchor)
+            numbers = (take(bits, part.chosen), take(range(len(params)), part.chosen))
+            table = multi.table(f"ewc_penalty {mode}", part, constants["BLOCK"], scratch=_partials, numbers=numbers)
             factor = None if scale is None else scale.to(device, op)
+            limit = torch.finfo(torch.float16).max if part.own[-1] == torch.float16 else math.inf
             if table.programs:
                 _penalty[(table.programs,)](
-                    table.rows, table.blocks, table.scratch, table.n, table.chunk, float(ewc_lambda), sign,
-                    torch.finfo(result).max if result == torch.float16 else math.inf,
+                    table.rows, table.blocks, table.scratch, table.n, table.chunk, float(ewc_lambda), sign, limit,
                     multi.address(live_lrs), multi.address(factor), multi.address(skip), multi.address(histograms),
                     int(variant == "stabilized"), **constants, **_tiles.options(op),
                 )  # fmt: skip
-            arranged.copy_back(skip)
+            part.copy_back(skip)
             tables.append(table)
     return tables
+
+
+@lru_cache
+def _kernel_dtypes(own: Dtypes) -> Dtypes:
+    """What the kernel takes: gradients and results like the parameter, Ω like the arithmetic.
+
+    Where gradients have a dtype of their own, or Ω wants wider arithmetic, all go through tensors of the arithmetic's.
+    """
+    param, omega, anchor, grad, result = own
+    op = torch.promote_types(op_dtype(param), omega)
+    stored = param if {grad, result} <= {param, None} and op == op_dtype(param) else op
+    return (stored, op, stored_anchor(stored, anchor), grad and stored, result and stored)
 
 
 def _partials(n: int, programs: int, device: torch.device) -> Tensor:

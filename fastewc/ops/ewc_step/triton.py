@@ -8,7 +8,7 @@ with Ω = 0 has the bits of a step without a penalty.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastewc.ops import _multi_tensor as multi
 from fastewc.ops import _tiles
+from fastewc.ops._parts import Dtypes, Part, parts
 from fastewc.ops._tiles import NARROW, aligned, locate, number, pointer, read, scalar, write
 from fastewc.ops.ewc_penalty.triton import divide, held_back, op_dtype, stiffness, stored_anchor
 from fastewc.ops.ewc_step import counters
@@ -216,6 +217,8 @@ def _step(
             _step_tile(ptrs, scalars, rest, at + left - rest, KIND, HELD, TRACKED, OP, EXACT, NARROW, False)
 
 
+_FRESH = (COLUMNS.index("grads"),)
+_WRITTEN = tuple(name not in ("grads", "importances", "anchors") for name in COLUMNS)
 _LIKE_PARAMS = ("params", "grads", "momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
 #: How a float32 tensor that stands in for a 16-bit parameter is rounded before E7 looks at it.
 _ROUNDED: dict[torch.dtype | None, int] = {torch.bfloat16: 1, torch.float16: 2}
@@ -261,73 +264,51 @@ def ewc_step(
     with multi.on_device(device):
         for launch in launches(rule, tensors):
             lists = [getattr(launch.tensors, name) for name in COLUMNS]
-            for dtypes, chosen in multi.groups(lists):
-                columns = _columns([multi.take(entries, chosen) for entries in lists], dtypes)
-                arranged = multi.arrange(list(columns.values()))
-                constants = specialisation(
-                    rule,
-                    held=bool(launch.tensors.importances),
-                    tracked=bool(launch.tensors.path_integrals),
-                    param=columns["params"].dtype,
-                    anchor=columns["anchors"].dtype,
-                )
-                table = multi.table("ewc_step", arranged.columns, constants["BLOCK"], scratch=_corrections)
-                kappa = None if clip_coef is None else clip_coef.to(device, columns["importances"].dtype)
-                _run(rule, launch.first, columns, table, constants, numbers, live, (kappa, grad_scale, found_inf))
-                arranged.copy_back(found_inf)
+            for part in parts(lists, fresh=_FRESH, wanted=_kernel_dtypes, written=_WRITTEN):
+                op = op_dtype(part.dtypes[0])
+                kappa = None if clip_coef is None else clip_coef.to(device, op)
+                _launch(rule, launch.first, part, numbers or [0.0] * len(SCALARS), (live, kappa, grad_scale, found_inf))
+                part.copy_back(found_inf)
 
 
-def _columns(lists: list[Sequence[Tensor]], kinds: tuple[torch.dtype | None, ...]) -> dict[str, multi.Column]:
-    """The lists as the kernel takes them: moments and gradients like the parameter, Ω and ω like the arithmetic.
+@lru_cache
+def _kernel_dtypes(own: Dtypes) -> Dtypes:
+    """What the kernel takes: moments and gradients like the parameter, Ω and ω like the arithmetic.
 
     Where moments or gradients have a dtype of their own, all of them go through tensors of the arithmetic's.
     """
-    own = dict(zip(COLUMNS, kinds, strict=True))
-    param = own["params"]
-    assert param is not None
-    wide = op_dtype(param)
-    alike = {own[name] for name in _LIKE_PARAMS} <= {param, None}
-    stored = param if alike else wide
-    step = torch.float64 if own["steps"] == torch.float64 else torch.float32
-    anchor = stored_anchor(stored, own["anchors"] or stored)
-    dtypes = dict.fromkeys(_LIKE_PARAMS, stored) | {
-        "importances": wide, "anchors": anchor, "path_integrals": wide, "steps": step,
-    }  # fmt: skip
-    only_read = ("grads", "importances", "anchors")
-    return {
-        name: multi.Column(entries, own[name], dtypes[name], name not in only_read)
-        for name, entries in zip(COLUMNS, lists, strict=True)
-    }
+    kinds = dict(zip(COLUMNS, own, strict=True))
+    param = kinds["params"]
+    alike = {kinds[name] for name in _LIKE_PARAMS} <= {param, None}
+    stored = param if alike else op_dtype(param)
+    step = torch.float64 if kinds["steps"] == torch.float64 else torch.float32
+    others = {"importances": op_dtype(param), "path_integrals": op_dtype(param), "steps": step}
+    if kinds["anchors"] is not None:
+        others["anchors"] = stored_anchor(stored, kinds["anchors"])
+    wanted = dict.fromkeys(_LIKE_PARAMS, stored) | others
+    return tuple(kind and wanted[name] for name, kind in kinds.items())
 
 
-def _run(
-    rule: StepRule,
-    first: bool,
-    columns: dict[str, multi.Column],
-    table: multi.Table,
-    constants: dict[str, Any],
-    numbers: list[float],
-    live: Tensor | None,
-    scalars: tuple[Tensor | None, ...],
-) -> None:
-    """The launches. What is compiled in is in ``constants``; everything else may change from step to step."""
-    wide = columns["importances"].dtype
-    options = _tiles.options(wide)
-    kappa, grad_scale, found_inf = map(multi.address, scalars)
-    numbers = numbers or [0.0] * len(SCALARS)
+def _launch(rule: StepRule, first: bool, part: Part, numbers: list[float], scalars: tuple[Tensor | None, ...]) -> None:
+    """What is compiled in is what ``specialisation`` says; everything else may change from step to step."""
+    param, anchor, step = (part.dtypes[COLUMNS.index(name)] for name in ("params", "anchors", "steps"))
+    held, tracked = anchor is not None, part.dtypes[COLUMNS.index("path_integrals")] is not None
+    constants = specialisation(rule, held=held, tracked=tracked, param=param, anchor=anchor or param)
+    table = multi.table("ewc_step", part, constants["BLOCK"], scratch=_corrections)
+    options = _tiles.options(op_dtype(param))
+    live, *others = map(multi.address, scalars)
     if rule.kind == "adam":
         lr, _, _, beta1, beta2, *_ = numbers
         counters.advance[(triton.cdiv(table.n, counters.COUNTERS.value),)](
-            table.rows, table.scratch, table.n, lr, beta1, beta2, multi.address(live), found_inf,
-            **counters.specialisation(columns["steps"].dtype, columns["params"].dtype), **options,
+            table.rows, table.scratch, table.n, lr, beta1, beta2, live, others[-1],
+            **counters.specialisation(step, param), **options,
         )  # fmt: skip
     if table.programs:
         _step[(table.programs,)](
-            table.rows, table.blocks, table.scratch, table.n, table.chunk, *numbers,
-            multi.address(live), kappa, grad_scale, found_inf,
+            table.rows, table.blocks, table.scratch, table.n, table.chunk, *numbers, live, *others,
             int(rule.variant == "stabilized"), int(rule.maximize), int(rule.nesterov), int(first),
             int(rule.decoupled_weight_decay), int(rule.clip_penalty), int(rule.regularized_path),
-            _ROUNDED.get(columns["params"].own, 0), **constants, **options,
+            _ROUNDED.get(part.own[0], 0), **constants, **options,
         )  # fmt: skip
 
 
