@@ -25,7 +25,9 @@ step() { # step NAME SECONDS COMMAND...: logs to OUTDIR/NAME.log as it goes
   fi
 }
 
+models=(mlp resnet18 gpt2)
 if ! nvidia-smi >"$out/nvidia-smi.log" 2>&1; then
+  models=(mlp resnet18)
   echo "there is no GPU on this machine: running on the CPU alone" | tee -a "$out/nvidia-smi.log"
 fi
 # The environment's own site-packages if it can be written, else a folder in OUTDIR.
@@ -43,7 +45,7 @@ rm -rf "$out/source"
 step info 30 env -C "$out" "$python" -m fastewc info
 step check 90 env -C "$out" "$python" -m fastewc check
 step pytest 180 "$python" -m pytest -m gpu -p no:cacheprovider
-step ops 100 "$python" -m benchmarks.ops --seconds 0.3 --out "$out/ops.json"
+step ops 140 "$python" -m benchmarks.ops --shapes "${models[@]}" --seconds 0.3 --compile-seconds 20 --out "$out/ops.json"
 
 rm -rf "$out/cache" "$out/site"
 if [ ${#failed[@]} -gt 0 ]; then

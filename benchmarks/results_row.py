@@ -7,11 +7,12 @@ import json
 import math
 import os
 import platform
+import random
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,19 +42,66 @@ def measure(fn: Callable[[], Any], *, device: str = "cpu", seconds: float = 1.0,
     for _ in range(warmup):
         fn()
     if device == "cpu":
-        return _timing(_host_times(fn, seconds))
+        return timing_of(_host_times(fn, seconds))
     torch.cuda.synchronize()
     begun = time.perf_counter()
     fn()
     torch.cuda.synchronize()
     calls = _clamp(seconds / max(time.perf_counter() - begun, 1e-6))
+    return timing_of(_event_times(lambda: None, fn, calls))
+
+
+def measure_in_turn(
+    contenders: Sequence[tuple[Callable[[], Any], Callable[[], Any]]], *, device: str = "cpu", seconds: float = 1.0
+) -> list[list[float]]:
+    """Seconds of each contender's call in each round: entry r of all lists was measured in round r.
+
+    In a round every contender has its turn, in an order drawn anew, so a ratio of two entries of one round is fair on a
+    machine whose speed changes. One untimed round comes first; then rounds go on for ``seconds`` per contender, at
+    least 5 and at most 1,000.
+
+    On a GPU a turn is one untimed and five timed calls, queued without waiting, and the entry is their median: the
+    launches of one call hide behind the work of the one before, as they do behind a training step's backward.
+
+    Args:
+        contenders: (prepare, call) pairs; ``prepare`` runs before every call and is not timed.
+        device: "cpu" or "cuda".
+        seconds: time spent on each contender, on average.
+    """
+    order, turns = random.Random(0), list(range(len(contenders)))
+    rounds: list[list[float]] = []
+    until = math.inf
+    while len(rounds) < 6 or (len(rounds) <= 1000 and time.perf_counter() < until):
+        order.shuffle(turns)
+        times = [0.0] * len(contenders)
+        for i in turns:
+            times[i] = _turn(*contenders[i], device)
+        rounds.append(times)
+        if len(rounds) == 1:
+            until = time.perf_counter() + seconds * len(contenders)
+    return [list(times) for times in zip(*rounds[1:], strict=True)]
+
+
+def _turn(prepare: Callable[[], Any], call: Callable[[], Any], device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+        return timing_of(_event_times(prepare, call, 6)[1:]).median
+    prepare()
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+def _event_times(prepare: Callable[[], Any], call: Callable[[], Any], calls: int) -> list[float]:
+    """Seconds between two GPU events around each call; the host waits once all are queued."""
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
     for start, stop in events:
+        prepare()
         start.record()
-        fn()
+        call()
         stop.record()
     torch.cuda.synchronize()
-    return _timing([start.elapsed_time(stop) / 1e3 for start, stop in events])
+    return [start.elapsed_time(stop) / 1e3 for start, stop in events]
 
 
 def _host_times(fn: Callable[[], Any], seconds: float) -> list[float]:
@@ -69,7 +117,8 @@ def _clamp(calls: float) -> int:
     return int(min(max(calls, 5), 1000))
 
 
-def _timing(times: list[float]) -> Timing:
+def timing_of(times: Iterable[float]) -> Timing:
+    """Median and percentiles of the seconds of single calls."""
     ordered = sorted(times)
 
     def quantile(q: float) -> float:
@@ -162,7 +211,7 @@ def _command() -> str:
     """As the user would type it: a module run with -m has its file in argv[0]."""
     program = Path(sys.argv[0]).resolve()
     if program.suffix == ".py" and program.is_relative_to(ROOT):
-        module = ".".join(program.relative_to(ROOT).with_suffix("").parts)
+        module = ".".join(program.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
         return shlex.join(["python", "-m", module, *sys.argv[1:]])
     return shlex.join(["python", *sys.argv])
 

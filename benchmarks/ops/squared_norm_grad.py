@@ -1,19 +1,18 @@
-"""Times of single ops: first every implementation must agree with the float64 reference, then it is timed.
+"""Times of squared_norm_grad: first every implementation must agree with the float64 reference, then it is timed.
 
-python -m benchmarks.ops [--out FILE] [--seconds 1]
+python -m benchmarks.ops.squared_norm_grad [--out FILE] [--seconds 1] [--device cpu cuda] [--threads N]
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.results_row import ROOT, machine, measure, row, write
+from benchmarks.ops.command_line import Rows, run
+from benchmarks.results_row import measure, row
 from fastewc._dispatch import IMPLS, choose
 from fastewc.ops import squared_norm_grad
 from fastewc.ops.squared_norm_grad.cases import Case
@@ -43,40 +42,35 @@ def contenders(y: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         yield impl, lambda impl=impl: squared_norm_grad(y, "softmax", impl)
 
 
-def squared_norm_grad_rows(device: str, seconds: float) -> Iterator[dict[str, Any]]:
-    for shape in SHAPES:
-        for dtype in DTYPES:
-            case = Case(shape, "softmax")
-            y = case.make_inputs(dtype, device)
-            label = f"squared_norm_grad {shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')} {device}"
-            print(label)
-            for impl, call in contenders(y):
-                if impl != "copy":
-                    assert_all_within_roundings(
-                        [call()],
-                        case.oracle(dtype),
-                        roundings=case.roundings,
-                        error_scale=case.error_scale(dtype),
-                        context=f"{label} {impl}",
-                    )
-                timing = measure(call, device=device, seconds=seconds)
-                per_second = 2 * y.numel() * y.element_size() / timing.median / 1e9
-                print(f"  {impl:<10}{timing.median * 1e6:10.1f} µs  {per_second:8.1f} GB/s")
-                yield row(
-                    "ops", f"{label} {impl}", timing, op="squared_norm_grad", impl=impl, shape=shape,
-                    dtype=str(dtype), device=device, gigabytes_per_second=per_second,
-                )  # fmt: skip
+def rows(args: argparse.Namespace) -> Rows:
+    for device in args.device:
+        for shape in SHAPES:
+            for dtype in DTYPES:
+                yield from rows_of(shape, dtype, device, args.seconds)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / machine() / "ops.json")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each number")
-    args = parser.parse_args()
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    write(args.out, [one for device in devices for one in squared_norm_grad_rows(device, args.seconds)])
-    print(f"wrote {args.out}")
+def rows_of(shape: tuple[int, int], dtype: torch.dtype, device: str, seconds: float) -> Rows:
+    case = Case(shape, "softmax")
+    y = case.make_inputs(dtype, device)
+    label = f"squared_norm_grad {shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')} {device}"
+    print(label)
+    for impl, call in contenders(y):
+        if impl != "copy":
+            assert_all_within_roundings(
+                [call()],
+                case.oracle(dtype),
+                roundings=case.roundings,
+                error_scale=case.error_scale(dtype),
+                context=f"{label} {impl}",
+            )
+        timing = measure(call, device=device, seconds=seconds)
+        per_second = 2 * y.numel() * y.element_size() / timing.median / 1e9
+        print(f"  {impl:<10}{timing.median * 1e6:10.1f} µs  {per_second:8.1f} GB/s")
+        yield row(
+            "ops", f"{label} {impl}", timing, op="squared_norm_grad", impl=impl, shape=shape,
+            dtype=str(dtype), device=device, gigabytes_per_second=per_second,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, "squared_norm_grad", rows)

@@ -14,7 +14,14 @@ from fastewc.ops.ewc_step import StepRule, StepTensors, ewc_step
 from fastewc.ops.ewc_step import cases as step_cases
 from fastewc.ops.ewc_step.schema import launches, scalars_of
 
-CHECKED = ("momentum-stabilized", "sgd-tensor-lr", "dampening-first", "adam-amsgrad", "adamw-proximal", "adamw-clip-scale")
+CHECKED = (
+    "momentum-stabilized",
+    "sgd-tensor-lr",
+    "dampening-first",
+    "adam-amsgrad",
+    "adamw-proximal",
+    "adamw-clip-scale",
+)
 STEPS = [case for case in step_cases.CASES if case.id in CHECKED]
 CPU = torch.device("cpu")
 
@@ -80,9 +87,7 @@ def test_a_compiled_step_is_one_graph_with_the_same_bits(case: step_cases.Case):
     torch._dynamo.reset()
     torch.compile(step, fullgraph=True)(compiled)
     step(eager)
-    for (name, i, got), (_, _, wanted) in zip(
-        step_cases._columns(compiled), step_cases._columns(eager), strict=True
-    ):
+    for (name, i, got), (_, _, wanted) in zip(step_cases._columns(compiled), step_cases._columns(eager), strict=True):
         assert torch.equal(got, wanted), f"{name}[{i}]"
 
 

@@ -1,0 +1,164 @@
+"""Every Triton kernel that a call can launch, compiled ahead of time: no register spills, and accesses are wide.
+
+All variants are compiled for sm_90. For the other targets those that contain the rest: with a momentum buffer or
+amsgrad's maximum, protected, tracked (but also untracked where that makes a tile wider), the modes of the penalty that
+do most. A variant with less of it is the same code without some loads, registers and stores; float16 differs from
+bfloat16 by the name of a conversion.
+"""
+
+import dataclasses
+import itertools
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from fastewc.ops import _tiles
+from fastewc.ops.ewc_penalty import triton as penalty
+from fastewc.ops.ewc_step import counters
+from fastewc.ops.ewc_step import triton as step
+from fastewc.ops.ewc_step.rule import StepRule
+from tests.ops import interpreter
+from tests.ops.triton_compiler import TARGETS, Code, Job, compiled
+
+DTYPES = tuple(_tiles.ELEMENTS)
+RULES = (
+    StepRule("sgd", lr=0.1),
+    StepRule("sgd", lr=0.1, momentum=0.9),
+    StepRule("adam", lr=0.1),
+    StepRule("adam", lr=0.1, amsgrad=True),
+)
+pytestmark = pytest.mark.skipif(interpreter.INTERPRETED, reason="the interpreter is on: nothing is compiled")
+
+
+def distinct(variants: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({tuple(constants.items()): constants for constants in variants}.values())
+
+
+def step_variants() -> list[dict[str, Any]]:
+    ways = itertools.product(
+        RULES, ("plain", "stabilized", "proximal", "wva"), (False, True), (False, True), DTYPES, DTYPES
+    )
+    return distinct(
+        step.specialisation(
+            dataclasses.replace(rule, variant=variant), held=held, tracked=tracked, param=param,
+            anchor=penalty.stored_anchor(param, anchor),
+        )
+        for rule, variant, held, tracked, param, anchor in ways
+    )  # fmt: skip
+
+
+def penalty_variants() -> list[dict[str, Any]]:
+    ways = itertools.product(penalty.MODES, DTYPES, DTYPES)
+    return distinct(
+        penalty.specialisation(mode, param, penalty.stored_anchor(param, anchor)) for mode, param, anchor in ways
+    )
+
+
+def counter_variants() -> list[dict[str, Any]]:
+    steps = (torch.float32, torch.float64)
+    return [counters.specialisation(own, param) for own in steps for param in steps]
+
+
+def fullest(job: Job) -> bool:
+    c = job.constants
+    if job.kernel == "_step":
+        wide_tile = c["TRACKED"] or c["BLOCK"] == 1024
+        return c["KIND"] in ("momentum", "amsgrad") and c["HELD"] != "free" and wide_tile and c["PARAM"].name != "fp16"
+    return job.kernel == "advance" or (c["MODE"] in ("pulled", "hold_back", "stats") and c["PARAM"].name != "fp16")
+
+
+def jobs() -> list[Job]:
+    kernels = {"_step": step_variants(), "_penalty": penalty_variants(), "advance": counter_variants()}
+    every = [
+        Job(target, kernel, constants)
+        for target in TARGETS
+        for kernel, variants in kernels.items()
+        for constants in variants
+    ]
+    return [job for job in every if job.target == "sm_90" or fullest(job)]
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory: pytest.TempPathFactory) -> list[Code]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return list(pool.map(compiled, jobs(), chunksize=16))
+
+
+def test_nothing_spills(codes: list[Code]):
+    assert not [(code.job.id, code.spilled) for code in codes if code.spilled or code.registers > code.limit]
+    for target, kernel in itertools.product(TARGETS, ("_step", "_penalty", "advance")):
+        used = [code.registers for code in codes if (code.job.target, code.job.kernel) == (target, kernel)]
+        print(f"{target} {kernel}: {len(used)} variants, {min(used)} to {max(used)} registers")
+
+
+def test_every_tensor_is_read_and_written_in_vectors(codes: list[Code]):
+    """Bytes that a thread moves in vectors: its share of each tensor's tile, once each way."""
+    for code in codes:
+        if code.job.kernel != "advance":
+            share = code.job.constants["BLOCK"] // 128
+            wanted = [sum(share * element.primitive_bitwidth // 8 for element in part) for part in tensors(code.job)]
+            moved = [code.loaded, code.stored]
+            if code.job.target == "gfx942":  # where two words, such as an address or a float64, are a vector too
+                moved = list(map(min, moved, wanted))
+            assert moved == wanted, (code.job.id, code, wanted)
+
+
+def tensors(job: Job) -> tuple[list[Any], list[Any]]:
+    """Element types of what a kernel reads and writes."""
+    c = job.constants
+    param, wide, anchor = c["PARAM"], c["OP"], c["ANCHOR"]
+    if job.kernel == "_penalty":
+        own = {"pull": [param], "pulled": [param], "hold_back": [param]}.get(c["MODE"], [])
+        return [param, wide, anchor] + [param] * (c["MODE"] == "pulled"), own
+    moments = {"sgd": 0, "momentum": 1, "adam": 2, "amsgrad": 3}[c["KIND"]]
+    state = [param] * (1 + moments) + [wide] * c["TRACKED"]
+    held = {"free": [], "wva": [wide]}.get(c["HELD"], [wide, anchor])
+    return [*state, param, *held], state
+
+
+def test_tiles_do_not_pass_through_shared_memory(codes: list[Code]):
+    # The sums of a value or of statistics do: a few words per warp. AMD's compiler takes wider loads than stores.
+    moved = [code for code in codes if code.job.kernel == "_step" or code.stored]
+    assert not [code.job.id for code in moved if code.shared and code.job.target != "gfx942"]
+
+
+@pytest.mark.parametrize("kernel", [step._step, penalty._penalty, counters.advance], ids=lambda kernel: kernel.__name__)
+def test_no_argument_compiles_another_kernel(kernel):
+    """Learning rates, flags, sizes and addresses change from step to step: Triton must not look at their values."""
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+    table = torch.zeros(16, dtype=torch.int64)
+    seen = set()
+    for integer, real in itertools.product((0, 1, 7, 16, 2**31, 2**40), (0.0, 1.0, 1e-300)):
+        arguments = {}
+        for param in kernel.params:
+            if param.is_constexpr:
+                arguments[param.name] = 1
+            elif param.name.endswith("_ptr"):
+                arguments[param.name] = table
+            else:
+                arguments[param.name] = real if param.annotation_type == "fp64" else integer
+        _, specialization, _ = bind(**arguments)
+        seen.add(tuple(specialization))
+    assert len(seen) == 1
+
+
+def test_the_variants_are_few():
+    counts = len(step_variants()), len(penalty_variants()), len(counter_variants())
+    assert counts == (176, 35, 4)
+
+
+def test_cache_folder_is_left_alone(tmp_path: Path):
+    assert not list(tmp_path.iterdir())
