@@ -146,7 +146,7 @@ FASTEWC_INLINE void store(const Stream& stream, int64_t begin, int64_t n, const 
 // of a large model takes 10 % longer.
 template <typename T, typename F>
 FASTEWC_INLINE void stream(int64_t n, std::initializer_list<const T*> pointers, const F& f) {
-  constexpr int64_t STRIDE = 128, AHEAD = 256, LINE = 64 / sizeof(T);
+  constexpr int64_t STRIDE = 64, AHEAD = 512, LINE = 64 / sizeof(T);
   for (int64_t begin = 0; begin < n; begin += STRIDE) {
     for (const T* pointer : pointers) {
       if (pointer != nullptr) {

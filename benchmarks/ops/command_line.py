@@ -27,7 +27,10 @@ def run(description: str | None, name: str, *suites: Callable[[argparse.Namespac
     parser.add_argument("--threads", type=int, help="CPU threads; default torch's")
     parser.add_argument("--shapes", nargs="+", choices=[*MODELS], default=[*MODELS], help="models that ewc_step steps")
     parser.add_argument(
-        "--compile-seconds", type=float, default=180.0, help="what torch.compile may take before it is left out"
+        "--compile-seconds",
+        type=float,
+        default=180.0,
+        help="what torch.compile may take; 0: leave it out",
     )
     args = parser.parse_args()
     if args.threads is not None:

@@ -6,6 +6,7 @@ another; only Ω and w* of a fastewc.EWC are its own.
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ class Board:
 
         self.anchors = normal(0.02)
         self.importances = [
-            torch.empty(shape, device=device).uniform_(-8, 2, generator=generator).mul_(2.302585).exp_()
+            torch.empty(shape, device=device).uniform_(-8, 2, generator=generator).mul_(math.log(10)).exp_()
             for shape in shapes
         ]
         self.grads, self.scratch_grads = normal(1e-3), [torch.empty(shape, device=device) for shape in shapes]
@@ -209,7 +210,9 @@ def foreach_penalty(rule: StepRule, board: Board, *, keep: bool = False) -> Cont
 
 
 def compiled(board: Board, *, seconds: float) -> Contender:
-    """Penalty and AdamW in one torch.compile'd function over all tensors."""
+    """Penalty and AdamW in one torch.compile'd function over all tensors; ``seconds``: what compiling may take."""
+    if seconds <= 0:
+        raise NotImplementedError("no time to compile was given")
     rule = protected(ADAMW, "stabilized")
     lr, (beta1, beta2), count = rule.lr, rule.betas, torch.full((), float(STEPS), dtype=torch.float64)
 

@@ -1,8 +1,8 @@
 """Triton kernels on CPU tensors: a test file runs itself once more, in a process where Triton's interpreter is on.
 
-The interpreter stands in for the hardware, with three repairs: float32 becomes bfloat16 by rounding (it cuts, and its
-own rounding loses the carry), a helper's call does not patch the language again (a millisecond each, and the kernel's
-call has done so), and numpy does not warn of the lanes that are masked off.
+The interpreter stands in for the hardware, with these repairs: float32 becomes bfloat16 by rounding (it cuts, and its
+own rounding loses the carry), scalars become Python's also in Triton 3.6 with numpy 2.4, a helper's call does not patch
+the language again (a millisecond each, and the kernel's call has done so), and numpy does not warn of masked lanes.
 """
 
 import os
@@ -56,7 +56,14 @@ def _repair() -> None:
         patched.add(module)  # Triton's own helpers see another part of the language, which stays patched
         return call(self, *args, **kwargs)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched_tensor(tensor, *scope):
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
     builder.cast_impl, function.__call__ = rounded, called
+    interpreter._patch_lang_tensor = patched_tensor
     numpy.seterr(all="ignore")
 
 

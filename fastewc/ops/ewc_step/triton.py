@@ -2,8 +2,8 @@
 
 Letters as in ``reference.py``. For Adam a launch of a few programs goes before and advances the counters. What costs
 no register is an argument, so there are few variants (:func:`specialisation`) and no schedule of α, λ or clipping
-compiles anything. No autotuning: its trials would step. Products are not contracted into sums (FUSION), so a step
-with Ω = 0 has the bits of a step without a penalty.
+compiles anything. No autotuning: its trials would step. Products are not contracted into sums (``_tiles.options``), so
+a step with Ω = 0 has the bits of a step without a penalty.
 """
 
 from __future__ import annotations
