@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastewc import _dispatch
-from fastewc.ops.ewc_penalty import ewc_hold_back_, ewc_penalty
 from fastewc.ops.ewc_penalty import cases as penalty_cases
+from fastewc.ops.ewc_penalty import ewc_hold_back_, ewc_penalty
 from fastewc.ops.ewc_step import StepRule, StepTensors, ewc_step
 from fastewc.ops.ewc_step import cases as step_cases
 from fastewc.ops.ewc_step.schema import launches, scalars_of
