@@ -1,6 +1,6 @@
 """The install paths, really taken, offline: wheels with and without native parts, the first native call, the cache."""
 
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -119,9 +119,10 @@ def test_without_torch_the_wheel_is_pure_python(tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", symlinks=True)
     python = next((tmp_path / "venv").glob("bin/python"))
     (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    tools = Path(importlib.util.find_spec("setuptools").origin).parents[1]
+    # find_spec would warn where a test before has imported distutils.
+    tools = Path(importlib.metadata.distribution("setuptools").locate_file(""))
     (described,) = tools.glob("setuptools-*.dist-info")
-    pip = Path(importlib.util.find_spec("pip").origin).parent
+    pip = Path(importlib.metadata.distribution("pip").locate_file("pip"))
     for folder in (pip, tools / "setuptools", tools / "_distutils_hack", described):
         (packages / folder.name).symlink_to(folder)
     command = [python, "-c", "import torch"]
