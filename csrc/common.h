@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #ifndef FASTEWC_SOURCE_DIGEST
 #error "compile through fastewc/_build.py, which defines FASTEWC_SOURCE_DIGEST"
@@ -41,10 +42,19 @@ using torch::stable::Tensor;
 // The Python side looks for these bytes in the file, so that a library of older sources is never loaded.
 [[gnu::used]] static const char source_digest[] = FASTEWC_SOURCE_DIGEST;
 
-// Calls f compiled for the widest vectors of this CPU; f and all that it calls must be always_inline.
-template <typename F>
-FASTEWC_CPU_CLONES void vectorised(const F& f) {
+// Calls f compiled for the widest vectors of this CPU; f and all that it calls must be always_inline. Arithmetic in double
+// is rare, and left to the baseline's vectors: each clone takes seconds to compile, which someone waits for at first use.
+template <typename T, typename F>
+FASTEWC_CPU_CLONES void vectorised_clones(const F& f) {
   f();
+}
+template <typename T, typename F>
+void vectorised(const F& f) {
+  if constexpr (std::is_same_v<T, double>) {
+    f();
+  } else {
+    vectorised_clones<T>(f);
+  }
 }
 
 // The dtype arithmetic is done in: double for double, else float.

@@ -28,6 +28,15 @@ struct Rule {
   T scale; // of the gradient
 };
 
+template <typename R>
+struct arithmetic;
+template <typename T>
+struct arithmetic<Rule<T>> {
+  using type = T;
+};
+template <typename R>
+using arithmetic_t = typename arithmetic<std::remove_cvref_t<R>>::type;
+
 // c of E1 or E2 for one α, as a function of Ω.
 template <typename T>
 struct Stiffness {
@@ -258,7 +267,9 @@ Tensor ewc_penalty_value_cpu(
   Call call("ewc_penalty_value", params, importances, anchors, lrs, live_lrs);
   std::vector<double> sums(call.blocks());
   call.run(ewc_lambda, variant, 1, [&](const auto& rule, const Entry& entry, int64_t begin, int64_t end, int64_t block) {
-    vectorised([&]() FASTEWC_INLINE_LAMBDA { value_blocks(rule, entry, begin, end, sums.data() + block); });
+    vectorised<arithmetic_t<decltype(rule)>>([&]() FASTEWC_INLINE_LAMBDA {
+      value_blocks(rule, entry, begin, end, sums.data() + block);
+    });
   });
   return torch::stable::full(
       {}, total(sums) / 2, call.wide() ? ScalarType::Double : ScalarType::Float, std::nullopt, std::nullopt);
@@ -275,7 +286,9 @@ std::vector<Tensor> ewc_penalty_grads_cpu(
   Call call("ewc_penalty_grads", params, importances, anchors, lrs, live_lrs, grads, outs);
   const double factor = (negate ? -1 : 1) * (scale ? number(*scale) : 1);
   call.run(ewc_lambda, variant, factor, [&](const auto& rule, const Entry& entry, int64_t begin, int64_t end, int64_t) {
-    vectorised([&]() FASTEWC_INLINE_LAMBDA { grad_blocks(rule, entry, begin, end); });
+    vectorised<arithmetic_t<decltype(rule)>>([&]() FASTEWC_INLINE_LAMBDA {
+      grad_blocks(rule, entry, begin, end);
+    });
   });
   return outs;
 }
@@ -288,7 +301,9 @@ void ewc_hold_back_cpu(
     return;
   }
   call.run(ewc_lambda, "plain", 1, [&](const auto& rule, const Entry& entry, int64_t begin, int64_t end, int64_t) {
-    vectorised([&]() FASTEWC_INLINE_LAMBDA { hold_blocks(rule, entry, begin, end); });
+    vectorised<arithmetic_t<decltype(rule)>>([&]() FASTEWC_INLINE_LAMBDA {
+      hold_blocks(rule, entry, begin, end);
+    });
   });
 }
 
@@ -301,7 +316,7 @@ Tensor ewc_stats_terms_cpu(
   std::mutex mutex;
   call.run(ewc_lambda, variant, 1, [&](const auto& rule, const Entry& entry, int64_t begin, int64_t end, int64_t block) {
     const auto own = std::make_unique<Counts>();
-    vectorised([&]() FASTEWC_INLINE_LAMBDA {
+    vectorised<arithmetic_t<decltype(rule)>>([&]() FASTEWC_INLINE_LAMBDA {
       stats_blocks(rule, entry, begin, end, values.data() + block, squares.data() + block, *own);
     });
     const std::lock_guard lock(mutex);

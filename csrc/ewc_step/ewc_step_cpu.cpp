@@ -315,7 +315,7 @@ void ewc_step_cpu(
         .one_minus_dampening = static_cast<T>(1 - dampening),
     };
     parallel_over(sizes, [&](size_t i, int64_t begin, int64_t end) {
-      vectorised([&]() FASTEWC_INLINE_LAMBDA { step_blocks(rule, entries[i], begin, end); });
+      vectorised<T>([&]() FASTEWC_INLINE_LAMBDA { step_blocks(rule, entries[i], begin, end); });
     });
   };
   run(float{}, float_sizes);
