@@ -101,7 +101,7 @@ def _reason_against(op: str, impl: Chosen, device_type: str) -> str | None:
     devices = _KERNELS.get((op, impl), ())
     if device_type not in devices:
         return _absent(impl, devices)
-    if impl == "triton" and importlib.util.find_spec("triton") is None:
+    if impl == "triton" and not _has_triton():
         return _NO_TRITON
     if impl == "native":
         try:
@@ -113,6 +113,10 @@ def _reason_against(op: str, impl: Chosen, device_type: str) -> str | None:
                 _log.warning('fastewc: no native %s kernels, impl="auto" goes without: %s', device_type.upper(), reason)
             return reason
     return None
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _absent(impl: Chosen, devices: tuple[str, ...]) -> str:
@@ -144,7 +148,7 @@ def _availability(op: str, impl: Chosen) -> Availability:
     if not devices:
         return {"available": False, "reason": _absent(impl, devices)}
     if impl == "triton":
-        installed = importlib.util.find_spec("triton") is not None
+        installed = _has_triton()
         reason = f"{_names(devices)} tensors only; {'installed' if installed else _NO_TRITON}"
         return {"available": installed, "reason": reason}
     found = {device: _extension.status(device) for device in devices}

@@ -241,6 +241,7 @@ void ewc_step_cpu(
     bool clip_penalty, bool regularized_path) {
   const size_t count = params.size();
   const bool adam = is_adam(kind);
+  const Variant chosen = variant_of(variant);
   check_lists(count, {&grads}, {&momentum_buffers, &importances, &path_integrals});
   check_lists(adam ? count : 0, {&exp_avgs, &exp_avg_sqs, &steps}, {});
   check_lists(adam && amsgrad ? count : 0, {&max_exp_avg_sqs}, {});
@@ -298,7 +299,7 @@ void ewc_step_cpu(
         .first = first,
         .clip_penalty = clip_penalty,
         .regularized_path = regularized_path,
-        .variant = variant_of(variant),
+        .variant = chosen,
         .task_factor = static_cast<T>(maximize ? -unscale : unscale),
         .clip = static_cast<T>(value_or(clip_coef, 1)),
         .lr = static_cast<T>(lr),

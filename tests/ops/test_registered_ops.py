@@ -132,10 +132,10 @@ def test_the_op_itself_refuses_what_does_not_fit():
         (15, "lion", "sgd"),
         (16, "elastic", "variant"),
     ):
-        before = [p.clone() for p in args[0]]
+        before = [t.clone() for t in (*args[0], *args[6])]  # parameters and counters
         with pytest.raises(RuntimeError, match=text):
             op(*args[:place], wrong, *args[place + 1 :])
-        assert all(map(torch.equal, before, args[0]))
+        assert all(map(torch.equal, before, (*args[0], *args[6])))
 
 
 def test_rules_hold_their_scalars():
