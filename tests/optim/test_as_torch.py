@@ -246,6 +246,32 @@ def test_state_dict_is_torchs_and_goes_both_ways(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_profilers_see_the_step_under_torchs_label(name: str):
+    params = make_params(torch.float32)
+    optimizer = ours(name)(params, lr=0.1)
+    give_gradients((params,), 0)
+    optimizer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    assert [e.count for e in profile.key_averages() if e.key == f"Optimizer.step#{name}.step"] == [1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_global_step_hooks_run(name: str):
+    optimizer, calls = ours(name)(make_params(torch.float32), lr=0.1), list[str]()
+    handles = [
+        torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: calls.append("pre")),
+        torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: calls.append("post")),
+    ]
+    try:
+        optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert calls == ["pre", "post"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_schedulers_closures_and_hooks(name: str):
     mine, torchs = make_params(torch.float64), make_params(torch.float64)
     a, b = ours(name)(mine, lr=0.1, impl="reference"), theirs(name)(torchs, lr=0.1)
