@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fastewc
 from fastewc.testing import assert_within_roundings
@@ -260,8 +261,8 @@ def test_profilers_see_the_step_under_torchs_label(name: str):
 def test_global_step_hooks_run(name: str):
     optimizer, calls = ours(name)(make_params(torch.float32), lr=0.1), list[str]()
     handles = [
-        torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: calls.append("pre")),
-        torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: calls.append("post")),
+        register_optimizer_step_pre_hook(lambda *_: calls.append("pre")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("post")),
     ]
     try:
         optimizer.step()
