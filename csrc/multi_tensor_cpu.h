@@ -2,10 +2,10 @@
 #pragma once
 
 #include "common.h"
+#include "convert_cpu.h"
 #include "layout.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -16,70 +16,6 @@ namespace fastewc {
 constexpr int64_t BLOCK = 1024;
 // Blocks a thread takes at least; below that, starting threads costs more than it saves.
 constexpr int64_t GRAIN_BLOCKS = 16;
-
-// ---- conversions: branch-free on integers, so that loops over them vectorise on every x86-64 ----
-
-FASTEWC_INLINE float to_float(BFloat16 value) {
-  return std::bit_cast<float>(static_cast<uint32_t>(value.x) << 16);
-}
-
-FASTEWC_INLINE float to_float(Half value) {
-  const uint32_t magnitude = static_cast<uint32_t>(value.x & 0x7fff) << 13;
-  const uint32_t sign = static_cast<uint32_t>(value.x & 0x8000) << 16;
-  const uint32_t rebias = 112u << 23; // exponents are biased by 15 and by 127
-  const uint32_t normal = magnitude + rebias;
-  const uint32_t infinite = normal + rebias;
-  // Subnormals: put the bits under the exponent of 2⁻¹⁴ and take 2⁻¹⁴ off again.
-  const uint32_t subnormal = std::bit_cast<uint32_t>(
-      std::bit_cast<float>(magnitude + (113u << 23)) - std::bit_cast<float>(113u << 23));
-  uint32_t bits = magnitude < (1u << 23) ? subnormal : normal;
-  bits = magnitude >= (31u << 23) ? infinite : bits;
-  return std::bit_cast<float>(bits | sign);
-}
-
-// Rounded to nearest, ties to even.
-FASTEWC_INLINE BFloat16 to_bfloat16(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const uint32_t nan = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
-  return BFloat16(static_cast<uint16_t>(nan), BFloat16::from_bits());
-}
-
-FASTEWC_INLINE Half to_half(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  const uint32_t magnitude = bits & 0x7fffffff;
-  const uint32_t sign = (bits >> 16) & 0x8000;
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  // Below 2⁻¹⁴: adding ½ rounds to multiples of 2⁻²⁴, the spacing of subnormals.
-  const uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - (126u << 23);
-  uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
-  half = magnitude >= (143u << 23) ? 0x7c00 : half;
-  half = magnitude > 0x7f800000 ? 0x7e00 : half;
-  return Half(static_cast<uint16_t>(half | sign), Half::from_bits());
-}
-
-FASTEWC_INLINE float to_float(float value) {
-  return value;
-}
-FASTEWC_INLINE double to_float(double value) {
-  return value;
-}
-
-template <typename To, typename From>
-FASTEWC_INLINE void convert(const From* from, To* to, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    if constexpr (std::is_same_v<To, BFloat16>) {
-      to[i] = to_bfloat16(static_cast<float>(from[i]));
-    } else if constexpr (std::is_same_v<To, Half>) {
-      to[i] = to_half(static_cast<float>(from[i]));
-    } else {
-      to[i] = static_cast<To>(to_float(from[i]));
-    }
-  }
-}
-
-// ---- streams ----
 
 template <typename T>
 constexpr ScalarType dtype_of = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
@@ -94,50 +30,32 @@ struct Stream {
   }
 };
 
+// Elements [begin, begin + n) of a stream into the buffer, and back, rounded to nearest even. In a file of their own
+// (multi_tensor_cpu.cpp): inlined into every kernel, conversions were most of what there was to compile.
+void read_as(const Stream& from, int64_t begin, int64_t n, float* to);
+void read_as(const Stream& from, int64_t begin, int64_t n, double* to);
+void write_as(const float* from, int64_t n, const Stream& to, int64_t begin);
+void write_as(const double* from, int64_t n, const Stream& to, int64_t begin);
+
 // n elements from `begin` on as T: the memory itself where it holds T, else `buffer`, filled.
 template <typename T>
 FASTEWC_INLINE T* load(const Stream& stream, int64_t begin, int64_t n, T* buffer) {
   if (stream.dtype == dtype_of<T>) {
     return static_cast<T*>(stream.data) + begin;
   }
-  switch (stream.dtype) {
-    case ScalarType::BFloat16:
-      convert(static_cast<const BFloat16*>(stream.data) + begin, buffer, n);
-      break;
-    case ScalarType::Half:
-      convert(static_cast<const Half*>(stream.data) + begin, buffer, n);
-      break;
-    case ScalarType::Float:
-      convert(static_cast<const float*>(stream.data) + begin, buffer, n);
-      break;
-    default:
-      convert(static_cast<const double*>(stream.data) + begin, buffer, n);
-  }
+  read_as(stream, begin, n, buffer);
   return buffer;
 }
 
 // Writes n values where `load` read them; nothing to do where they are the memory itself.
 template <typename T>
 FASTEWC_INLINE void store(const Stream& stream, int64_t begin, int64_t n, const T* values) {
-  if (stream.dtype == dtype_of<T>) {
-    T* to = static_cast<T*>(stream.data) + begin;
-    if (to != values) {
-      std::memcpy(to, values, n * sizeof(T));
-    }
-    return;
+  if (stream.dtype != dtype_of<T>) {
+    return write_as(values, n, stream, begin);
   }
-  switch (stream.dtype) {
-    case ScalarType::BFloat16:
-      convert(values, static_cast<BFloat16*>(stream.data) + begin, n);
-      break;
-    case ScalarType::Half:
-      convert(values, static_cast<Half*>(stream.data) + begin, n);
-      break;
-    case ScalarType::Float:
-      convert(values, static_cast<float*>(stream.data) + begin, n);
-      break;
-    default:
-      convert(values, static_cast<double*>(stream.data) + begin, n);
+  T* to = static_cast<T*>(stream.data) + begin;
+  if (to != values) {
+    std::memcpy(to, values, n * sizeof(T));
   }
 }
 

@@ -6,6 +6,7 @@ and no import of torch: setup.py runs it where torch may be absent.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -13,10 +14,13 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 #: Stable ABI of torch 2.11: a library built against any later torch runs on every torch from 2.11 on.
 TORCH_TARGET_VERSION = "0x020b000000000000"
@@ -35,7 +39,6 @@ _FLAGS = {
         "-ftree-vectorize",
         "-fvect-cost-model=dynamic",
         "-fPIC",
-        "-shared",
         "-fvisibility=hidden",
         "-fopenmp-simd",
         "-fno-math-errno",
@@ -47,8 +50,6 @@ _FLAGS = {
         "-O3",
         "--fmad=false",
         "--expt-relaxed-constexpr",
-        "--threads=0",
-        "-shared",
         "-Xcompiler=-fPIC,-fvisibility=hidden",
         "-DUSE_CUDA",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
@@ -189,20 +190,84 @@ def _runs(arch: str, gpu: str) -> bool:
     return int(number) <= int(gpu) and (arch.endswith("+PTX") or number[:-1] == gpu[:-1])
 
 
-def _command(device_type: str) -> list[str]:
+class _Job(NamedTuple):
+    """One run of the compiler; what it prints goes to ``log``."""
+
+    command: list[str]
+    log: Path
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Its temporary files go where ``log`` is; the compiler and what it starts can be ended together."""
+        env = {**os.environ, "TMPDIR": str(self.log.parent)}
+        with self.log.open("wb") as output:
+            return subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
+            )
+
+    def failure(self, status: int) -> BuildError:
+        printed = self.log.read_text(errors="replace").strip().splitlines() or ["(it printed nothing)"]
+        last = "\n".join(printed[-_LINES_SHOWN:])
+        return BuildError(f"{self.command[0]} failed with exit status {status}:\n{last}")
+
+
+def _jobs(device_type: str, scratch: Path) -> tuple[list[_Job], _Job, Path]:
+    """What compiles each source, what links them, and the file that comes out."""
     csrc, torch = source_folder(), torch_folder()
+    # The largest first: what takes longest must not be what starts last.
+    sources = sorted(csrc.rglob(_SOURCES[device_type]), key=lambda path: (-path.stat().st_size, path))
     archs = cuda_archs() if device_type == "cuda" else ()
-    command = [*compiler(device_type), *_FLAGS[device_type]]
+    command = compiler(device_type)
+    link = [*command, "-shared"]
+    command += [*_FLAGS[device_type], f"-I{torch / 'include'}"]
     command += [f'-DFASTEWC_SOURCE_DIGEST="{source_digest(device_type)} for {" ".join(archs)};"']
     for arch in archs:
         number = arch.removesuffix("+PTX")
         code = f"[sm_{number},compute_{number}]" if arch.endswith("+PTX") else f"sm_{number}"
         command.append(f"-gencode=arch=compute_{number},code={code}")
-    command += [f"-I{torch / 'include'}", *map(str, sorted(csrc.rglob(_SOURCES[device_type])))]
-    command += [f"-L{torch / 'lib'}", *_LINKED[device_type]]
+        link.append(command[-1])
+    if device_type == "cuda":
+        command.append(f"--threads={max(1, _cpus() // len(sources))}")  # architectures of one source side by side
+    compiled = []
+    for i, source in enumerate(sources):
+        link.append(str(scratch / f"{i}.o"))
+        compiled.append(_Job([*command, "-c", str(source), "-o", link[-1]], scratch / f"{i}.log"))
+    built = scratch / library_name(device_type)
+    link += [f"-L{torch / 'lib'}", *_LINKED[device_type], "-o", str(built)]
     if sys.platform == "darwin":
-        command += ["-undefined", "dynamic_lookup"]
-    return command
+        link += ["-undefined", "dynamic_lookup"]
+    return compiled, _Job(link, scratch / "link.log"), built
+
+
+def _cpus() -> int:
+    return os.cpu_count() or 1
+
+
+def _run(jobs: list[_Job], deadline: float) -> None:
+    """Run as many at a time as there are CPUs; after a failure, Ctrl-C or the deadline none is left running."""
+    waiting, running = list(jobs), list[tuple[_Job, subprocess.Popen[bytes]]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < _cpus():
+                running.append((waiting[0], waiting.pop(0).start()))
+            for job, process in list(running):
+                status = process.poll()
+                if status is not None:
+                    running.remove((job, process))
+                if status:
+                    raise job.failure(status)
+            if time.monotonic() > deadline:
+                raise BuildError(f"{jobs[0].command[0]} took longer than {_TIMEOUT_SECONDS} s")
+            time.sleep(0.02)
+    finally:
+        for _, process in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def compile_library(device_type: str, target: Path) -> None:
@@ -212,17 +277,14 @@ def compile_library(device_type: str, target: Path) -> None:
         BuildError: no compiler, no headers, or the compilation failed.
         OSError: the folder of ``target`` can't be written.
     """
-    command = _command(device_type)
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    compiler(device_type)  # whatever is missing is said before a folder is made
+    torch_folder()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as scratch:
-        built = Path(scratch) / library_name(device_type)
-        run = [*command, "-o", str(built)]
-        try:
-            done = subprocess.run(run, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise BuildError(f"{command[0]} took longer than {_TIMEOUT_SECONDS} s") from error
-        if done.returncode != 0 or not built.is_file():
-            printed = (done.stderr + done.stdout).strip().splitlines() or ["(it printed nothing)"]
-            last = "\n".join(printed[-_LINES_SHOWN:])
-            raise BuildError(f"{command[0]} failed with exit status {done.returncode}:\n{last}")
+        compiled, link, built = _jobs(device_type, Path(scratch))
+        _run(compiled, deadline)
+        _run([link], deadline)
+        if not built.is_file():
+            raise link.failure(0)
         os.replace(built, target)

@@ -144,8 +144,8 @@ def _load_or_build(device_type: str) -> Path:
         raise _build.BuildError(_FORBIDDEN)
     target = cache_folder(device_type) / _build.library_name(device_type)
     _build.compiler(device_type)
-    kind = device_type.upper()
-    _log.warning("fastewc: compiling the %s kernels once, into %s (FASTEWC_JIT=0 forbids it)", kind, target)
+    kernels = {"cpu": "the CPU kernels once (up to a minute)", "cuda": "the CUDA kernels once (some minutes)"}
+    _log.warning("fastewc: compiling %s, into %s (FASTEWC_JIT=0 forbids it)", kernels[device_type], target)
     _build.compile_library(device_type, target)
     _load_library(target)
     return target

@@ -3,6 +3,7 @@
 // fastewc/ops/ewc_penalty/reference.py is the specification; the schemas are in fastewc/ops/ewc_penalty/schema.py.
 #include "../ewc_step/rule.h"
 #include "../multi_tensor_cpu.h"
+#include "terms.h"
 
 #include <array>
 #include <memory>
@@ -120,12 +121,6 @@ FASTEWC_INLINE void hold_blocks(const Rule<T>& rule, const Entry& entry, int64_t
     store(entry.param, begin, n, w);
   }
 }
-
-// The histogram of log2(αλΩ), as in reference.py: bin 0 holds αλΩ = 0.
-constexpr int BINS_PER_OCTAVE = 40;
-constexpr int LOW = -149, HIGH = 128;
-constexpr int BINS = 1 + (HIGH - LOW) * BINS_PER_OCTAVE;
-constexpr int SUMS = 4;
 
 // log2 x for x > 0, infinity included, to 1e-6: exponent and mantissa m in [√½, √2), ln m = 2 atanh((m − 1)/(m + 1)).
 FASTEWC_INLINE float log2_of(float x) {
@@ -326,13 +321,13 @@ Tensor ewc_stats_terms_cpu(
     all.above += own->above;
     all.largest = std::max(all.largest, own->largest);
   });
-  const Tensor terms = torch::stable::empty({SUMS + BINS}, ScalarType::Double);
+  const Tensor terms = torch::stable::empty({TERMS + BINS}, ScalarType::Double);
   double* out = static_cast<double*>(terms.mutable_data_ptr());
-  out[0] = total(values) / 2;
-  out[1] = total(squares);
-  out[2] = static_cast<double>(all.above);
-  out[3] = all.largest;
-  std::copy(all.bins.begin(), all.bins.end(), out + SUMS);
+  out[VALUE] = total(values) / 2;
+  out[SQUARES] = total(squares);
+  out[ABOVE_ONE] = static_cast<double>(all.above);
+  out[LARGEST] = all.largest;
+  std::copy(all.bins.begin(), all.bins.end(), out + TERMS);
   return terms;
 }
 

@@ -4,6 +4,7 @@
 // a tensor's lists may have any dtypes, and are double throughout where one of them is. Sums are formed in double, per
 // chunk and then over the chunks, in an order that does not depend on which block is done first.
 #include "call_cuda.h"
+#include "terms.h"
 
 #include <cmath>
 #include <optional>
@@ -13,11 +14,7 @@
 namespace fastewc {
 namespace {
 
-// Statistics: see reference.py. Bin 0 counts αλΩ = 0, the others log2 αλΩ in steps of 1/40.
-constexpr int BINS_PER_OCTAVE = 40, LOWEST = -149, HIGHEST = 128;
-constexpr int BINS = 1 + (HIGHEST - LOWEST) * BINS_PER_OCTAVE;
-constexpr int BLOCKS_OF_STATS = 4; // per multiprocessor: as many of these histograms as it has shared memory for
-enum Term { VALUE, SQUARES, ABOVE_ONE, LARGEST, TERMS };
+constexpr int BLOCKS_OF_STATS = 4; // per multiprocessor: as many histograms as it has shared memory for
 
 template <typename M>
 __global__ void __launch_bounds__(THREADS) value_kernel(const __grid_constant__ PenaltyArguments args) {
@@ -102,7 +99,7 @@ __device__ int bin_of(M x) {
   if (!(x > M(0))) {
     return 0;
   }
-  const M position = (std::log2(x) - M(LOWEST)) * M(BINS_PER_OCTAVE);
+  const M position = (std::log2(x) - M(LOW)) * M(BINS_PER_OCTAVE);
   return 1 + static_cast<int>(position < M(0) ? M(0) : position > M(BINS - 2) ? M(BINS - 2) : position);
 }
 

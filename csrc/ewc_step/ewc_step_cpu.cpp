@@ -16,7 +16,6 @@ namespace fastewc {
 namespace {
 
 enum class Pull { none, plain, stabilized };
-enum class Hold { none, to_anchor, to_old };
 
 // What all tensors share. T is the arithmetic's type; sums and products of scalars are formed in double before.
 template <typename T>
@@ -42,6 +41,7 @@ template <typename T>
 struct Block {
   int64_t n;
   const T *w, *grad, *omega, *anchor;
+  const T* target; // of what holds back: w* or the old w
 };
 
 // κ·task + c(w − w*), or κ·(task + c(w − w*)), then + ηw: the gradient that the optimizer sees.
@@ -71,23 +71,19 @@ struct Gradient {
 };
 
 // w⁺ from w′.
-template <Hold hold, typename T>
+template <bool holds, typename T>
 FASTEWC_INLINE T held(const Block<T>& in, T alpha_lambda, T w_new, int64_t i) {
-  if constexpr (hold == Hold::none) {
-    return w_new;
-  } else {
-    return held_back(w_new, hold == Hold::to_anchor ? in.anchor[i] : in.w[i], in.omega[i], alpha_lambda);
-  }
+  return holds ? held_back(w_new, in.target[i], in.omega[i], alpha_lambda) : w_new;
 }
 
 // SGD; b is the momentum buffer, null without momentum.
-template <Pull pull, Hold hold, typename T>
+template <Pull pull, bool holds, typename T>
 FASTEWC_INLINE void sgd_block(const Rule<T>& rule, const Block<T>& in, T* b, T* w_new) {
   const Gradient<pull, T> gradient(rule, in, rule.clip, rule.coupled_decay);
   const T lr = rule.lr, alpha_lambda = rule.alpha_lambda;
   if (b == nullptr) {
     return stream(in.n, {in.w, in.grad, in.omega, in.anchor}, [&](int64_t i) FASTEWC_INLINE_LAMBDA {
-      w_new[i] = held<hold>(in, alpha_lambda, in.w[i] - lr * gradient(i), i);
+      w_new[i] = held<holds>(in, alpha_lambda, in.w[i] - lr * gradient(i), i);
     });
   }
   const T keep = rule.first ? T(0) : rule.momentum, fresh = rule.first ? T(1) : rule.one_minus_dampening;
@@ -98,13 +94,13 @@ FASTEWC_INLINE void sgd_block(const Rule<T>& rule, const Block<T>& in, T* b, T* 
   stream(in.n, {in.w, in.grad, in.omega, in.anchor, b}, [&](int64_t i) FASTEWC_INLINE_LAMBDA {
     const T g = gradient(i);
     const T velocity = keep * b[i] + fresh * g;
-    w_new[i] = held<hold>(in, alpha_lambda, in.w[i] - lr * (own * g + share * velocity), i);
+    w_new[i] = held<holds>(in, alpha_lambda, in.w[i] - lr * (own * g + share * velocity), i);
     b[i] = velocity;
   });
 }
 
 // Adam and AdamW; `largest` is amsgrad's maximum of v.
-template <Pull pull, Hold hold, bool amsgrad, typename T>
+template <Pull pull, bool holds, bool amsgrad, typename T>
 FASTEWC_INLINE void adam_block(
     const Rule<T>& rule, const Entry& entry, const Block<T>& in, T* m, T* v, T* largest, T* w_new) {
   const Gradient<pull, T> gradient(rule, in, rule.clip, rule.coupled_decay);
@@ -122,17 +118,29 @@ FASTEWC_INLINE void adam_block(
       largest[i] = used;
     }
     const T updated = in.w[i] * decay_factor - step_size * first / (std::sqrt(used) * inverse_root + eps);
-    w_new[i] = held<hold>(in, alpha_lambda, updated, i);
+    w_new[i] = held<holds>(in, alpha_lambda, updated, i);
     m[i] = first;
     v[i] = second;
   });
 }
 
-// ω ← ω − g(w⁺ − w), with g before clipping and decay.
 template <Pull pull, typename T>
-FASTEWC_INLINE void path_block(const Rule<T>& rule, const Block<T>& in, const T* w_new, T* path) {
+FASTEWC_INLINE void path_loop(const Rule<T>& rule, const Block<T>& in, const T* w_new, T* path) {
   const Gradient<pull, T> gradient(rule, in, T(1), T(0));
   stream<T>(in.n, {path}, [&](int64_t i) FASTEWC_INLINE_LAMBDA { path[i] -= gradient(i) * (w_new[i] - in.w[i]); });
+}
+
+// ω ← ω − g(w⁺ − w), with g before clipping and decay.
+template <typename T>
+FASTEWC_INLINE void path_block(const Rule<T>& rule, Pull pull, const Block<T>& in, const T* w_new, T* path) {
+  switch (pull) {
+    case Pull::none:
+      return path_loop<Pull::none>(rule, in, w_new, path);
+    case Pull::plain:
+      return path_loop<Pull::plain>(rule, in, w_new, path);
+    case Pull::stabilized:
+      return path_loop<Pull::stabilized>(rule, in, w_new, path);
+  }
 }
 
 // Rounds values of a parameter as they will be stored.
@@ -146,21 +154,33 @@ FASTEWC_INLINE void round_to(ScalarType dtype, T* values, int64_t n) {
   }
 }
 
-// Calls f with the pull and the hold of an entry as constants.
-template <typename F>
-FASTEWC_INLINE void with_variant(bool protects, Variant variant, const F& f) {
-  if (!protects) {
-    return f.template operator()<Pull::none, Hold::none>();
+// What the penalty does to one parameter: it pulls through the gradient, or holds the step back.
+struct Kind {
+  Pull pull = Pull::none;
+  bool holds = false;
+
+  Kind(bool is_protected, Variant variant) {
+    if (is_protected) {
+      pull = variant == Variant::plain ? Pull::plain : variant == Variant::stabilized ? Pull::stabilized : Pull::none;
+      holds = pull == Pull::none;
+    }
   }
-  switch (variant) {
-    case Variant::plain:
-      return f.template operator()<Pull::plain, Hold::none>();
-    case Variant::stabilized:
-      return f.template operator()<Pull::stabilized, Hold::none>();
-    case Variant::proximal:
-      return f.template operator()<Pull::none, Hold::to_anchor>();
-    case Variant::wva:
-      return f.template operator()<Pull::none, Hold::to_old>();
+};
+
+// Calls f with the kind as constants. Each costs the compiler four loops for each width of vectors, and someone waits for
+// it at first use; so the two that hold back share theirs.
+template <typename F>
+FASTEWC_INLINE void with_kind(Kind kind, const F& f) {
+  if (kind.holds) {
+    return f.template operator()<Pull::none, true>();
+  }
+  switch (kind.pull) {
+    case Pull::none:
+      return f.template operator()<Pull::none, false>();
+    case Pull::plain:
+      return f.template operator()<Pull::plain, false>();
+    case Pull::stabilized:
+      return f.template operator()<Pull::stabilized, false>();
   }
 }
 
@@ -171,12 +191,19 @@ FASTEWC_INLINE void step_blocks(const Rule<T>& rule, const Entry& entry, int64_t
   const auto or_null = [](const Stream& stream, int64_t begin, int64_t n, T* buffer) FASTEWC_INLINE_LAMBDA -> T* {
     return stream ? load(stream, begin, n, buffer) : nullptr;
   };
+  const Kind kind(bool(entry.importance), rule.variant);
   for (; begin < end; begin += BLOCK) {
     const int64_t n = std::min(BLOCK, end - begin);
     T* const w = load(entry.param, begin, n, w_buffer);
+    const T* const anchor = or_null(entry.anchor, begin, n, anchor_buffer);
     const Block<T> in{
-        n, w, load(entry.grad, begin, n, grad_buffer), or_null(entry.importance, begin, n, omega_buffer),
-        or_null(entry.anchor, begin, n, anchor_buffer)};
+        .n = n,
+        .w = w,
+        .grad = load(entry.grad, begin, n, grad_buffer),
+        .omega = or_null(entry.importance, begin, n, omega_buffer),
+        .anchor = anchor,
+        .target = rule.variant == Variant::proximal ? anchor : w,
+    };
     // Straight into the parameter, unless it needs rounding or the old weight is needed afterwards.
     T* const w_new = w == w_buffer || entry.path_integral ? new_buffer : w;
     T* const b = or_null(entry.momentum_buffer, begin, n, m_buffer);
@@ -184,23 +211,19 @@ FASTEWC_INLINE void step_blocks(const Rule<T>& rule, const Entry& entry, int64_t
     T* const v = or_null(entry.exp_avg_sq, begin, n, v_buffer);
     T* const largest = or_null(entry.max_exp_avg_sq, begin, n, largest_buffer);
     T* const path = or_null(entry.path_integral, begin, n, path_buffer);
-    with_variant(bool(entry.importance), rule.variant, [&]<Pull pull, Hold hold>() FASTEWC_INLINE_LAMBDA {
+    with_kind(kind, [&]<Pull pull, bool holds>() FASTEWC_INLINE_LAMBDA {
       if (!rule.adam) {
-        sgd_block<pull, hold>(rule, in, b, w_new);
+        sgd_block<pull, holds>(rule, in, b, w_new);
       } else if (largest == nullptr) {
-        adam_block<pull, hold, false>(rule, entry, in, m, v, largest, w_new);
+        adam_block<pull, holds, false>(rule, entry, in, m, v, largest, w_new);
       } else {
-        adam_block<pull, hold, true>(rule, entry, in, m, v, largest, w_new);
-      }
-      if (path != nullptr) {
-        round_to(entry.param.dtype, w_new, n);
-        if (rule.regularized_path) {
-          path_block<pull>(rule, in, w_new, path);
-        } else {
-          path_block<Pull::none>(rule, in, w_new, path);
-        }
+        adam_block<pull, holds, true>(rule, entry, in, m, v, largest, w_new);
       }
     });
+    if (path != nullptr) {
+      round_to(entry.param.dtype, w_new, n);
+      path_block(rule, rule.regularized_path ? kind.pull : Pull::none, in, w_new, path);
+    }
     const auto keep = [&](const Stream& stream, const T* values) FASTEWC_INLINE_LAMBDA {
       if (stream) {
         store(stream, begin, n, values);

@@ -38,8 +38,8 @@ def check(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["adamw-stabilized", "nesterov-proximal", "adamw-amsgrad-proximal"])
 def test_sizes_around_every_border(name: str, dtype: torch.dtype, layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cases, "_SHAPES", [(size,) for size in SIZES])
-    monkeypatch.setattr(cases, "_laid_out", layout)
+    monkeypatch.setattr(cases, "SHAPES", [(size,) for size in SIZES])
+    monkeypatch.setattr(cases, "laid_out", layout)
     check(BY_ID[name], dtype)
 
 
@@ -83,7 +83,7 @@ def test_found_inf_is_read_by_the_kernels(name: str, flag: Tensor) -> None:
     case = BY_ID[name]
     before, after = case.inputs(torch.float32), case.inputs(torch.float32)
     native.ewc_step(case.rule, after, clip_coef=None, grad_scale=None, found_inf=flag)
-    for column, i, tensor in cases._columns(before):
+    for column, i, tensor in cases.columns(before):
         assert torch.equal(tensor, getattr(after, column)[i]), (column, i)
     native.ewc_step(case.rule, after, clip_coef=None, grad_scale=None, found_inf=torch.zeros_like(flag))
     assert not any(torch.equal(a, b) for a, b in zip(before.params, after.params, strict=True) if a.numel())
@@ -97,7 +97,7 @@ def test_scalars_on_the_device_give_the_same_bits(name: str) -> None:
         got, wanted = case.inputs(dtype), case.inputs(dtype)
         native.ewc_step(live, got, clip_coef=None, grad_scale=None, found_inf=None)
         native.ewc_step(case.rule, wanted, clip_coef=None, grad_scale=None, found_inf=None)
-        for column, i, tensor in cases._columns(wanted):
+        for column, i, tensor in cases.columns(wanted):
             assert torch.equal(tensor, getattr(got, column)[i]), (column, i)
 
 

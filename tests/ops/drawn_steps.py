@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastewc._dispatch import IMPLS, Chosen, choose
 from fastewc.ops.ewc_step import StepRule, StepTensors, reference
-from fastewc.ops.ewc_step.cases import Case, _columns, _converted
+from fastewc.ops.ewc_step.cases import Case, columns, converted
 from fastewc.testing import assert_within_roundings, op_dtype
 
 LAYOUTS = ("contiguous", "channels_last", "transposed", "gaps", "misaligned")
@@ -81,8 +81,8 @@ class Drawn(Case):
         scales = {dtype: self.error_scale(dtype) for dtype in {p.dtype for p in self.tensors.params}}
         for impl in implementations(device):
             before, after = self.inputs(device=device), self.inputs(device=device)
-            self._step(after, impl)
-            for k, (name, i, tensor) in enumerate(_columns(after)):
+            self.step(after, impl)
+            for k, (name, i, tensor) in enumerate(columns(after)):
                 dtype = after.params[i].dtype
                 assert_within_roundings(
                     tensor, oracle[k], roundings=self.roundings, error_scale=scales[dtype][k], dtype=op_dtype(dtype),
@@ -97,7 +97,7 @@ class Drawn(Case):
 
     def _check_path_integrals(self, before: StepTensors, after: StepTensors, impl: str) -> None:
         """E7 with w⁺ as it was stored: to a few roundings of float32, also where w has only eight bits."""
-        old, new = _converted(before, torch.float64), _converted(after, torch.float64)
+        old, new = converted(before, torch.float64), converted(after, torch.float64)
         grad_scale = None if self.grad_scale is None else torch.tensor(self.grad_scale)
         for i, path in enumerate(old.path_integrals):
             if path is None:

@@ -1,9 +1,12 @@
 """The penalty op: value, gradient and statistics against float64 formulas written out here."""
 
+import re
+
 import pytest
 import torch
 
-from fastewc.ops.ewc_penalty import ewc_penalty, ewc_penalty_grads, ewc_stats
+from fastewc import _build
+from fastewc.ops.ewc_penalty import ewc_penalty, ewc_penalty_grads, ewc_stats, schema
 from fastewc.testing import assert_within_roundings, sum_roundings
 
 LAMBDA, LR = 40.0, 0.01
@@ -111,6 +114,13 @@ def test_stats_against_exact_quantiles():
     drift = w.double() - anchor.double()
     assert found["rms_drift"] == pytest.approx(drift.square().mean().sqrt().item(), rel=1e-5)
     assert found["penalty"] == pytest.approx((c64(importance, "stabilized") * drift**2).sum().item() / 2, rel=1e-5)
+
+
+def test_the_sources_have_the_same_histogram():
+    text = (_build.source_folder() / "ewc_penalty" / "terms.h").read_text()
+    for name in ("BINS_PER_OCTAVE", "LOW", "HIGH"):
+        assert int(re.search(rf"\b{name} = (-?\d+)", text)[1]) == getattr(schema, name)
+    assert len(re.search(r"enum Term \{(.*), TERMS \}", text)[1].split(",")) == schema.SUMS
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-38, 0.5, 1.0, 3e38])

@@ -45,13 +45,13 @@ def check(case: Case, dtype: torch.dtype) -> None:
 
 
 def written(t: StepTensors) -> list[Tensor]:
-    return [tensor for _, _, tensor in cases._columns(t)]
+    return [tensor for _, _, tensor in cases.columns(t)]
 
 
 def copied(t: StepTensors) -> StepTensors:
     """On the device, in the same layouts."""
     lists = {name: [x if x is None else x.clone() for x in entries] for name, entries in vars(t).items()}
-    return cases._converted(StepTensors(**lists), None, DEVICE)
+    return cases.converted(StepTensors(**lists), None, DEVICE)
 
 
 def step(rule: StepRule, tensors: StepTensors) -> list[Tensor]:
@@ -75,13 +75,13 @@ def test_case_is_within_counted_roundings_of_float64(case: Case, dtype: torch.dt
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_sizes_around_every_border(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cases, "_SHAPES", [(size,) for size in SIZES])
+    monkeypatch.setattr(cases, "SHAPES", [(size,) for size in SIZES])
     check(BY_ID["adamw-stabilized"], dtype)
 
 
 @needs_kernels
 def test_five_hundred_tensors(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cases, "_SHAPES", [(i % 10 // 9 * (i % 7),) for i in range(500)])  # nine of ten are empty
+    monkeypatch.setattr(cases, "SHAPES", [(i % 10 // 9 * (i % 7),) for i in range(500)])  # nine of ten are empty
     check(BY_ID["adam-plain"], torch.float32)
 
 
@@ -98,7 +98,7 @@ def inside(t: Tensor, begin: int, stride: int) -> tuple[Tensor, Tensor]:
 def test_views_give_the_same_bits_and_their_neighbours_stay(
     name: str, begin: int, stride: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(cases, "_SHAPES", [(), (0,), (1,), (17,), (300,), (2100,)])
+    monkeypatch.setattr(cases, "SHAPES", [(), (0,), (1,), (17,), (300,), (2100,)])
     rule, inputs = BY_ID[name].rule, BY_ID[name].inputs(torch.float32)
     lists, storages = {}, []
     for column, entries in vars(inputs).items():
@@ -132,8 +132,8 @@ def test_new_gradients_and_reused_memory_are_seen():
 @needs_kernels
 @pytest.mark.parametrize("whose", ["all", "params", "grads", "importances"])
 def test_orders_of_dimensions_change_no_bit(whose: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cases, "_SHAPES", [(4, 6, 5, 3), (2, 1, 8, 1)])
-    monkeypatch.setattr(cases, "_laid_out", lambda t: t)
+    monkeypatch.setattr(cases, "SHAPES", [(4, 6, 5, 3), (2, 1, 8, 1)])
+    monkeypatch.setattr(cases, "laid_out", lambda t: t)
     rule, inputs = BY_ID["adamw-stabilized"].rule, BY_ID["adamw-stabilized"].inputs(torch.float32)
     for order in ((0, 2, 3, 1), (3, 2, 1, 0)):  # channels_last, and all reversed
         back = torch.tensor(order).argsort().tolist()
@@ -174,9 +174,9 @@ def test_parameters_of_several_dtypes_in_one_call():
     case = BY_ID["adamw-stabilized"]
     parts = [case.inputs(dtype) for dtype in DTYPES]
     together = StepTensors(**{name: [t for part in parts for t in getattr(part, name)] for name in vars(parts[0])})
-    got = cases._converted(together, None, DEVICE)
+    got = cases.converted(together, None, DEVICE)
     ewc_step(case.rule, got, impl="triton")
-    alone = [cases._converted(part, None, DEVICE) for part in parts]
+    alone = [cases.converted(part, None, DEVICE) for part in parts]
     for part in alone:
         ewc_step(case.rule, part, impl="triton")
     for name, entries in vars(got).items():

@@ -14,7 +14,7 @@ from fastewc.ops.ewc_step.api import ewc_step
 from fastewc.ops.ewc_step.rule import StepRule, StepTensors
 
 # 0-dim, empty, one, odd, larger than a block, and two layouts that are not contiguous.
-_SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (17,), (33, 130), (4, 6, 5, 3), (9, 14))
+SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (17,), (33, 130), (4, 6, 5, 3), (9, 14))
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Case:
 
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         t = StepTensors()
-        for i, shape in enumerate(_SHAPES):
-            w = _laid_out(normal(shape))
+        for i, shape in enumerate(SHAPES):
+            w = laid_out(normal(shape))
             t.params.append(w)
             t.grads.append((normal(shape).double() * (self.grad_scale or 1.0)).to(dtype))
             held, tracked = i % 3 != 2, i % 4 != 3
@@ -58,8 +58,8 @@ class Case:
             t.anchors.append((w.double() + 0.1 * normal(shape).double()).to(dtype) if held else None)
             t.path_integrals.append(normal(shape).to(wide) if tracked else None)
             if self.rule.kind == "adam":
-                t.exp_avgs.append(_laid_out(normal(shape)))
-                t.exp_avg_sqs.append(_laid_out(normal(shape).square()))
+                t.exp_avgs.append(laid_out(normal(shape)))
+                t.exp_avg_sqs.append(laid_out(normal(shape).square()))
                 t.steps.append(torch.tensor(float(3 + i)))
                 if self.rule.amsgrad:
                     t.max_exp_avg_sqs.append(normal(shape).square())
@@ -69,25 +69,26 @@ class Case:
 
     def run(self, impl: _dispatch.Impl, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
         """Everything that the op writes: parameters, moments, counters, path integrals."""
-        return self._step(_converted(self.inputs(dtype), None, device), impl)
+        return self.step(converted(self.inputs(dtype), None, device), impl)
 
     def oracle(self, dtype: torch.dtype) -> list[Tensor]:
         """The float64 reference on the rounded inputs."""
-        return [out.double() for out in self._step(_converted(self.inputs(dtype), torch.float64), "reference")]
+        return [out.double() for out in self.step(converted(self.inputs(dtype), torch.float64), "reference")]
 
     def error_scale(self, dtype: torch.dtype) -> list[Tensor]:
         """Σ|terms| of each output, in the order of :meth:`run`."""
-        t, new = _converted(self.inputs(dtype), torch.float64), _converted(self.inputs(dtype), torch.float64)
-        self._step(new, "reference")
+        t, new = converted(self.inputs(dtype), torch.float64), converted(self.inputs(dtype), torch.float64)
+        self.step(new, "reference")
         scales = [self._scales(t, new, i, dtype) for i in range(len(t.params))]
-        columns = _columns(replace(new, momentum_buffers=list(new.momentum_buffers)))
-        return [scales[i][name] for name, i, _ in columns]
+        written = columns(replace(new, momentum_buffers=list(new.momentum_buffers)))
+        return [scales[i][name] for name, i, _ in written]
 
-    def _step(self, t: StepTensors, impl: _dispatch.Impl) -> list[Tensor]:
+    def step(self, t: StepTensors, impl: _dispatch.Impl) -> list[Tensor]:
+        """Step these tensors in place; everything that was written."""
         coef = None if self.clip_coef is None else torch.tensor(self.clip_coef, device=t.params[0].device)
         scale = None if self.grad_scale is None else torch.tensor(self.grad_scale, device=t.params[0].device)
         ewc_step(self.rule, t, clip_coef=coef, grad_scale=scale, impl=impl)
-        return [tensor for _, _, tensor in _columns(t)]
+        return [tensor for _, _, tensor in columns(t)]
 
     def _scales(self, t: StepTensors, new: StepTensors, i: int, dtype: torch.dtype) -> dict[str, Tensor]:
         rule, w, lr = self.rule, t.params[i].abs(), float(self.rule.lr)
@@ -132,7 +133,7 @@ class Case:
         return scales | {"direction": quotient}
 
 
-def _laid_out(t: Tensor) -> Tensor:
+def laid_out(t: Tensor) -> Tensor:
     """The same values, channels_last for 4-D, a slice with gaps for [9, 14]."""
     if t.ndim == 4:
         return t.contiguous(memory_format=torch.channels_last)
@@ -147,14 +148,15 @@ def _with_zeros(omega: Tensor) -> Tensor:
     return flat.view_as(omega)
 
 
-def _converted(t: StepTensors, dtype: torch.dtype | None, device: str = "cpu") -> StepTensors:
+def converted(t: StepTensors, dtype: torch.dtype | None, device: str = "cpu") -> StepTensors:
+    """On another device, in another dtype; None keeps each tensor's own. What is already there is the same tensor."""
     lists: dict[str, Any] = {}
     for name, entries in vars(t).items():
         lists[name] = [None if e is None else e.to(device, dtype or e.dtype) for e in entries]
     return StepTensors(**lists)
 
 
-def _columns(t: StepTensors) -> Iterator[tuple[str, int, Tensor]]:
+def columns(t: StepTensors) -> Iterator[tuple[str, int, Tensor]]:
     """(list, index, tensor) of everything that the op writes."""
     written = ("params", "momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps")
     for name in (*written, "path_integrals"):

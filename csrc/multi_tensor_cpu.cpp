@@ -1,0 +1,45 @@
+// The conversions that every kernel over many tensors calls block by block.
+#include "multi_tensor_cpu.h"
+
+namespace fastewc {
+namespace {
+
+template <typename To, typename From>
+void convert_vectorised(const From* from, To* to, int64_t n) {
+  using arithmetic = std::conditional_t<std::is_same_v<To, double> || std::is_same_v<From, double>, double, float>;
+  vectorised<arithmetic>([=]() FASTEWC_INLINE_LAMBDA { convert(from, to, n); });
+}
+
+template <typename T>
+void read(const Stream& from, int64_t begin, int64_t n, T* to) {
+  dispatch_floating("read_as", from.dtype, [&](auto zero) {
+    convert_vectorised(static_cast<const decltype(zero)*>(from.data) + begin, to, n);
+  });
+}
+
+template <typename T>
+void write(const T* from, int64_t n, const Stream& to, int64_t begin) {
+  dispatch_floating("write_as", to.dtype, [&](auto zero) {
+    convert_vectorised(from, static_cast<decltype(zero)*>(to.data) + begin, n);
+  });
+}
+
+} // namespace
+
+void read_as(const Stream& from, int64_t begin, int64_t n, float* to) {
+  read(from, begin, n, to);
+}
+
+void read_as(const Stream& from, int64_t begin, int64_t n, double* to) {
+  read(from, begin, n, to);
+}
+
+void write_as(const float* from, int64_t n, const Stream& to, int64_t begin) {
+  write(from, n, to, begin);
+}
+
+void write_as(const double* from, int64_t n, const Stream& to, int64_t begin) {
+  write(from, n, to, begin);
+}
+
+} // namespace fastewc
