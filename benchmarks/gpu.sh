@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Everything that only a GPU machine can show, in under 9 minutes and without a network:
-#   bash benchmarks/gpu.sh OUTDIR
+# Everything that only a GPU machine can show, without a network, in under 9 minutes:
+#   bash benchmarks/gpu.sh OUTDIR             the checks, the GPU tests, the ops, and our importances beside a plain pass
+#   bash benchmarks/gpu.sh OUTDIR importance  importances against every peer, in under 9 minutes of its own
 # Wants a python3 with torch >= 2.11 (PYTHON=... names another). A step that fails does not stop the others; the last
 # line says which failed. Without a GPU the steps run on the CPU and the GPU tests are skipped.
 set -uo pipefail
-out=${1:?usage: bash benchmarks/gpu.sh OUTDIR}
+out=${1:?usage: bash benchmarks/gpu.sh OUTDIR [importance]}
+part=${2:-checks}
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -26,8 +28,10 @@ step() { # step NAME SECONDS COMMAND...: logs to OUTDIR/NAME.log as it goes
 }
 
 models=(mlp resnet18 gpt2)
+workloads=(mlp-b1000 gpt2-124m-t1024-b8 vit-b-16-b64 resnet50-b64)
 if ! nvidia-smi >"$out/nvidia-smi.log" 2>&1; then
   models=(mlp resnet18)
+  workloads=(mlp-b1000)
   echo "there is no GPU on this machine: running on the CPU alone" | tee -a "$out/nvidia-smi.log"
 fi
 # The environment's own site-packages if it can be written, else a folder in OUTDIR.
@@ -42,10 +46,16 @@ cp -r pyproject.toml setup.py README.md LICENSE fastewc csrc "$out/source/"
 step install 90 "$python" -m pip install --no-deps --no-build-isolation --force-reinstall "${target[@]}" "$out/source"
 rm -rf "$out/source"
 # Outside the checkout, where `python -m fastewc` is the installed one.
-step info 30 env -C "$out" "$python" -m fastewc info
-step check 90 env -C "$out" "$python" -m fastewc check
-step pytest 180 "$python" -m pytest -m gpu -p no:cacheprovider
-step ops 140 "$python" -m benchmarks.ops --shapes "${models[@]}" --seconds 0.3 --compile-seconds 20 --out "$out/ops.json"
+step info 20 env -C "$out" "$python" -m fastewc info
+importance=(-m benchmarks.importance --workloads "${workloads[@]}" --out "$out/importance.json")
+if [ "$part" = importance ]; then
+  step importance 400 "$python" "${importance[@]}" --seconds 2 --compile-seconds 60
+else
+  step check 60 env -C "$out" "$python" -m fastewc check
+  step pytest 150 "$python" -m pytest -m gpu -p no:cacheprovider
+  step ops 100 "$python" -m benchmarks.ops --shapes "${models[@]}" --seconds 0.3 --compile-seconds 10 --out "$out/ops.json"
+  step importance 100 "$python" "${importance[@]}" --only plain fastewc --seconds 1 --no-memory
+fi
 
 rm -rf "$out/cache" "$out/site"
 if [ ${#failed[@]} -gt 0 ]; then

@@ -1,0 +1,1 @@
+"""What an importance pass costs: Fisher and MAS over whole models, next to what people run today."""
