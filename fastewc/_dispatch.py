@@ -22,7 +22,10 @@ IMPLS: tuple[Chosen, ...] = ("reference", "triton", "native")
 
 # (op, implementation) -> the device types it has a kernel for. The reference runs everywhere.
 _KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("sum_grad_power", "native"): ("cpu", "cuda"),
+    ("sum_grad_power", "triton"): ("cuda",),
     ("squared_norm_grad", "native"): ("cpu", "cuda"),
+    ("squared_norm_grad", "triton"): ("cuda",),
     ("ewc_step", "native"): ("cpu", "cuda"),
     ("ewc_step", "triton"): ("cuda",),
     ("ewc_penalty", "native"): ("cpu", "cuda"),

@@ -14,7 +14,7 @@ from fastewc import _build
 
 OPS = (
     *("ewc_step", "ewc_penalty_value", "ewc_penalty_grads", "ewc_hold_back_", "ewc_stats_terms"),
-    "squared_norm_grad",
+    *("squared_norm_grad", "add_sum_grad_power", "add_conv_grad_power"),
 )
 LOAD = """
 import shutil, sys, torch
@@ -23,6 +23,7 @@ from fastewc import _extension
 from fastewc.ops.ewc_penalty import native as _
 from fastewc.ops.ewc_step import native as _
 from fastewc.ops.squared_norm_grad import native as _
+from fastewc.ops.sum_grad_power import native as _
 
 _extension._package = Path("/nowhere")
 folder = _extension.cache_folder("cuda")
@@ -86,7 +87,7 @@ def test_nothing_is_spilled(library: Path) -> None:
             assert int(shared) <= 48 * 1024, function
             seen.append((arch, short(function)))
     kernels = {kernel for _, kernel in seen}
-    assert {"ewc_step_kernel<fLb1>", "value_kernel<f>", "stats_kernel<d>"} <= kernels
+    assert {"ewc_step_kernel<fLb1>", "value_kernel<f>", "stats_kernel<d>", "tile_kernel<d>"} <= kernels
     assert sorted(seen) == sorted((arch, kernel) for arch in ("sm_80", "sm_90") for kernel in kernels)
 
 

@@ -32,6 +32,10 @@ for op in sys.argv[2:]:
             case.run("native", dtype)
             count += 1
 
+# More samples than sum_grad_power takes at a time, and blocks of rows for several threads.
+from fastewc.ops.sum_grad_power.cases import ConvCase
+ConvCase(30, 64, 8, (12, 12), (3, 3), padding=1).run("native", torch.float32)
+
 # Enough weights for several threads, through the public doors.
 model = torch.nn.Linear(301, 211)
 ewc = fastewc.EWC(model, ewc_lambda=2.0)

@@ -1,5 +1,6 @@
 // squared_norm_grad on the CPU: 2y, or 2p(p − Σp²) with p = softmax(y) over the last dimension.
 #include "../common.h"
+#include "../convert_cpu.h"
 
 #include <algorithm>
 #include <bit>
@@ -49,55 +50,59 @@ FASTEWC_INLINE float exp_nonpositive(float x) {
 }
 
 template <typename T>
-FASTEWC_CPU_CLONES void logits_grad(const T* y, T* out, int64_t n) {
+FASTEWC_INLINE void logits_grad(const T* y, T* out, int64_t n) {
   using acc_t = op_math_t<T>;
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = static_cast<T>(acc_t(2) * static_cast<acc_t>(y[i]));
+  acc_t block[SUM_BLOCK];
+  for (int64_t begin = 0; begin < n; begin += SUM_BLOCK) {
+    const int64_t size = std::min(SUM_BLOCK, n - begin);
+    convert(y + begin, block, size);
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+      block[i] *= 2;
+    }
+    convert(block, out + begin, size);
   }
 }
 
-// One row. `e` holds C numbers of the arithmetic's type; it may be `out` itself where the types agree, so that
-// every e^(y−max) is computed once.
+// One row, in the arithmetic's type; `out` may be `y` itself.
 //
 // p − Σp² is computed as such where p ≤ top/2, top = max p. Above, where it would cancel in a confident row, it is
 // lead − (top − p) with lead = top − Σp² = Σ p(top − p), whose terms are all non-negative. The maximum's own e is
 // exactly 1, so it and its ties add exactly 0 to lead.
 template <typename T>
-FASTEWC_CPU_CLONES void softmax_grad_row(const T* y, T* out, op_math_t<T>* e, int64_t C) {
-  using acc_t = op_math_t<T>;
-  acc_t max = -std::numeric_limits<acc_t>::infinity();
+FASTEWC_INLINE void softmax_grad_row(const T* y, T* out, int64_t C) {
+  T max = -std::numeric_limits<T>::infinity();
 #pragma omp simd reduction(max : max)
   for (int64_t i = 0; i < C; ++i) {
-    const acc_t value = static_cast<acc_t>(y[i]);
-    max = value > max ? value : max;
+    max = y[i] > max ? y[i] : max;
   }
   // A NaN that the maximum skipped, or ∞ − ∞, makes Σe NaN and with it the whole row, as torch.softmax does.
   double sum = 0, sum_of_squares = 0, sum_of_leads = 0;
   for (int64_t begin = 0; begin < C; begin += SUM_BLOCK) {
     const int64_t end = std::min(C, begin + SUM_BLOCK);
-    acc_t block_sum = 0, block_squares = 0, block_leads = 0;
+    T block_sum = 0, block_squares = 0, block_leads = 0;
 #pragma omp simd reduction(+ : block_sum, block_squares, block_leads)
     for (int64_t i = begin; i < end; ++i) {
-      const acc_t value = exp_nonpositive(static_cast<acc_t>(y[i]) - max);
-      e[i] = value;
+      const T value = exp_nonpositive(y[i] - max);
+      out[i] = value; // every e^(y−max) is computed once
       block_sum += value;
       block_squares += value * value;
-      block_leads += value * (acc_t(1) - value);
+      block_leads += value * (T(1) - value);
     }
     sum += block_sum;
     sum_of_squares += block_squares;
     sum_of_leads += block_leads;
   }
-  const acc_t top = static_cast<acc_t>(1 / sum); // the largest p, and the factor from e to p
-  const acc_t sum_p_squared = static_cast<acc_t>(sum_of_squares / (sum * sum));
-  const acc_t lead = static_cast<acc_t>(sum_of_leads / (sum * sum));
+  const T top = static_cast<T>(1 / sum); // the largest p, and the factor from e to p
+  const T sum_p_squared = static_cast<T>(sum_of_squares / (sum * sum));
+  const T lead = static_cast<T>(sum_of_leads / (sum * sum));
 #pragma omp simd
   for (int64_t i = 0; i < C; ++i) {
-    const acc_t p = e[i] * top;
+    const T p = out[i] * top;
     // Both, then a choice: a blend of two vectors rather than a branch.
-    const acc_t above = lead - (top - p);
-    const acc_t below = p - sum_p_squared;
-    out[i] = static_cast<T>(acc_t(2) * p * (acc_t(2) * p > top ? above : below));
+    const T above = lead - (top - p);
+    const T below = p - sum_p_squared;
+    out[i] = T(2) * p * (T(2) * p > top ? above : below);
   }
 }
 
@@ -106,16 +111,18 @@ void softmax_grad(const T* y, T* out, int64_t N, int64_t C) {
   using acc_t = op_math_t<T>;
   const int64_t rows_per_thread = std::max<int64_t>(1, GRAIN / C);
   torch::stable::parallel_for(0, N, rows_per_thread, [&](int64_t begin, int64_t end) {
-    if constexpr (std::is_same_v<T, acc_t>) {
+    std::vector<acc_t> row(std::is_same_v<T, acc_t> ? 0 : C);
+    vectorised<acc_t>([&]() FASTEWC_INLINE_LAMBDA {
       for (int64_t n = begin; n < end; ++n) {
-        softmax_grad_row<T>(y + n * C, out + n * C, out + n * C, C);
+        if constexpr (std::is_same_v<T, acc_t>) {
+          softmax_grad_row(y + n * C, out + n * C, C);
+        } else {
+          convert(y + n * C, row.data(), C);
+          softmax_grad_row(row.data(), row.data(), C);
+          convert(row.data(), out + n * C, C);
+        }
       }
-    } else {
-      std::vector<acc_t> e(C);
-      for (int64_t n = begin; n < end; ++n) {
-        softmax_grad_row<T>(y + n * C, out + n * C, e.data(), C);
-      }
-    }
+    });
   });
 }
 
@@ -141,7 +148,7 @@ Tensor squared_norm_grad_cpu(const Tensor& y, std::string output) {
       softmax_grad<T>(from, to, count / C, C);
     } else {
       torch::stable::parallel_for(0, count, GRAIN, [&](int64_t begin, int64_t end) {
-        logits_grad<T>(from + begin, to + begin, end - begin);
+        vectorised<op_math_t<T>>([&]() FASTEWC_INLINE_LAMBDA { logits_grad(from + begin, to + begin, end - begin); });
       });
     }
   });

@@ -194,3 +194,62 @@ def _check_sizes(batch: Batch) -> None:
                 f"the batch has {batch.size} samples along dimension {batch.batch_dim}, but holds a tensor of shape "
                 f"{tuple(tensor.shape)} that can't be cut into them; give batches of one sample, or {_USE_FORWARD}"
             )
+
+
+class Joined:
+    """Consecutive batches as one, copied as they come: an iterable may reuse their memory.
+
+    Only batches that are tensors, tuples, lists or dicts of tensors which all count samples in dimension 0 can be
+    joined, and only with others of the same form.
+    """
+
+    def __init__(self, first: Batch, capacity: int) -> None:
+        self.size, self._capacity, self._first = 0, capacity, first
+        self._form = _form(first)
+        self._buffers = [t.new_empty((capacity, *t.shape[1:])) for t in _tensors(first.content)]
+
+    @staticmethod
+    def can_begin(batch: Batch) -> bool:
+        """True for a batch that others can be joined to."""
+        return batch.batch_dim == 0 and _form(batch) is not None
+
+    @staticmethod
+    def bytes_of(batch: Batch) -> int:
+        """The size of a sample."""
+        return sum(t.numel() * t.element_size() for t in _tensors(batch.content)) // batch.size
+
+    def takes(self, batch: Batch) -> bool:
+        """True if there is room, and the batch is of the same form."""
+        return self.size + batch.size <= self._capacity and _form(batch) == self._form
+
+    def append(self, batch: Batch) -> None:
+        """Copy a batch."""
+        for buffer, tensor in zip(self._buffers, _tensors(batch.content), strict=True):
+            buffer[self.size : self.size + batch.size] = tensor
+        self.size += batch.size
+
+    def batch(self) -> Batch:
+        """All of them."""
+        parts = iter([buffer[: self.size] for buffer in self._buffers])
+        return Batch(map_tensors(self._first.content, lambda _: next(parts)), self.size, 0)
+
+
+def _form(batch: Batch) -> object:
+    """What two batches must have in common to be joined; None for what can't be."""
+    content = batch.content
+    parts: list[object] = [type(content)]
+    if type(content) is dict:
+        parts.append(tuple(content))
+    values = [content] if isinstance(content, Tensor) else list(content.values()) if type(content) is dict else content
+    if not isinstance(values, (list, tuple)) or hasattr(values, "_fields"):
+        return None
+    for value in values:
+        if (
+            type(value) is not Tensor
+            or value.layout != torch.strided
+            or value.ndim == 0
+            or value.shape[0] != batch.size
+        ):
+            return None
+        parts.append((value.dtype, value.device, tuple(value.shape[1:]), value.requires_grad))
+    return tuple(parts)

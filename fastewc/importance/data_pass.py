@@ -18,7 +18,8 @@ from fastewc.importance.base import Importance, Report
 from fastewc.importance.batches import Batch, check_data, read_batch
 from fastewc.importance.evaluate import Evaluated, Evaluator, Forward
 from fastewc.importance.guards import check_model, kept_buffers, refuse_randomness, undisturbed, wanted_parameters
-from fastewc.importance.mixing import refuse_mixing
+from fastewc.importance.mixing import computes_narrow, refuse_mixing
+from fastewc.importance.verify import compare_with_single_samples
 
 
 @dataclass(frozen=True)
@@ -49,28 +50,42 @@ class PassOptions:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(self.generator).__name__}")
-        if self.verify:
+        if self.verify and self.generator is not None and self.generator.device.type != "cpu":
             raise NotImplementedError(
-                "verify=True is not implemented yet: it is for per-sample gradients that come in batches, and today "
-                "each sample is differentiated by itself"
+                "verify=True with a generator on a GPU, which draws other numbers for one sample than for two; give a "
+                "CPU generator"
             )
         limit = None if self.max_samples is None else int(self.max_samples)
         return replace(self, max_samples=limit, batch_dim=int(self.batch_dim))
+
+
+#: The ways a parameter's importance is computed, from the fastest to the slowest.
+PATHS = ("fused", "op", "batch-1")
 
 
 class Measure(Protocol):
     """What one kind of importance adds up. ``sums`` are numerators; the pass divides them by N."""
 
     sums: dict[str, Tensor]
-    used: set[str]
-    path: str
-    reason: str
+
+    @property
+    def used(self) -> set[str]:
+        """Names of the parameters that took part."""
+
+    def path(self, name: str) -> tuple[str, str]:
+        """(path, reason) of one that took part, for the report."""
+
+    def watch(self, batch: Batch) -> tuple[Evaluated, Evaluated] | None:
+        """Run the first samples of the first batch: what one alone and two together gave. None: use :meth:`check`."""
 
     def check(self, batch: Batch) -> Evaluated | None:
         """Evaluate the first batch as a whole, without gradients; raise if it can't be right. None: don't cut it."""
 
     def add(self, batch: Batch) -> None:
-        """Add the batch's samples to the sums."""
+        """Add the batch's samples to the sums, at once or at the latest in :meth:`finish`."""
+
+    def finish(self) -> None:
+        """There are no more batches."""
 
     def nothing_measured(self) -> bool:
         """After the last batch: True if there were values to differentiate, and none depended on a parameter."""
@@ -101,12 +116,23 @@ def _run_pass(model: nn.Module, data: Any, options: PassOptions, method: str, ma
         check_data(data)
         evaluator = Evaluator(unwrap(model), options.forward)
         measure = make(evaluator, parameters)
+
+        def look(batch: Batch) -> None:
+            _look_first(evaluator, batch, measure, options.allow_dropout, what)
+            if options.verify:
+                narrow = computes_narrow(evaluator.module, device)
+                compare_with_single_samples(
+                    lambda: make(evaluator, parameters), batch, narrow=narrow, generator=options.generator, what=what
+                )
+
         with undisturbed(evaluator.module):
-            samples = _read(data, device, options, ranks.share(options.max_samples), evaluator, measure, what)
+            samples = _read(data, device, options, ranks.share(options.max_samples), measure, look)
         detached = measure.nothing_measured()
     names = list(measure.sums)
     ranks.sum_tensors(measure.sums)
-    total, detached_ranks, *users = ranks.sum_counts([samples, int(detached), *(int(n in measure.used) for n in names)])
+    took = [measure.path(name)[0] if name in measure.used else None for name in names]
+    counts = [int(path == one) for path in took for one in PATHS]
+    total, detached_ranks, *users = ranks.sum_counts([samples, int(detached), *counts])
     if total == 0:
         raise ValueError("data has no samples; a generator can be read only once: was it used up before?")
     if detached_ranks and not any(users):
@@ -116,10 +142,21 @@ def _run_pass(model: nn.Module, data: Any, options: PassOptions, method: str, ma
         )
     for value in measure.sums.values():
         value.div_(total)
-    used = {name for name, count in zip(names, users, strict=True) if count}
-    idle = "the forward never used it" if used else "no sample had a counted position that it could change"
-    report: Report = {name: (measure.path, measure.reason) if name in used else ("unused", idle) for name in names}
-    return Importance._of(measure.sums, total, method, report)
+    return Importance._of(measure.sums, total, method, _report(measure, names, users))
+
+
+def _report(measure: Measure, names: list[str], users: list[int]) -> Report:
+    """The path of every parameter, the slowest on any rank; ``users``: how many ranks took which, PATHS by name."""
+    idle = "the forward never used it" if any(users) else "no sample had a counted position that it could change"
+    report: Report = {}
+    for i, name in enumerate(names):
+        taken = [path for path, count in zip(PATHS, users[i * len(PATHS) :], strict=False) if count]
+        here, reason = measure.path(name)
+        if not taken:
+            report[name] = "unused", idle
+        else:
+            report[name] = taken[-1], reason if here == taken[-1] and name in measure.used else "on another rank"
+    return report
 
 
 def _device(model: Any) -> torch.device:
@@ -138,11 +175,10 @@ def _read(
     device: torch.device,
     options: PassOptions,
     limit: int | None,
-    evaluator: Evaluator,
     measure: Measure,
-    what: str,
+    look: Callable[[Batch], None],
 ) -> int:
-    """Feed up to ``limit`` samples to the measure; returns how many there were."""
+    """Feed up to ``limit`` samples to the measure, the first batch to ``look`` before; returns how many there were."""
     samples = 0
     if limit == 0:
         return samples
@@ -154,28 +190,38 @@ def _read(
                 if limit is not None and samples + batch.size > limit:
                     batch = batch.rows(0, limit - samples)
                 if batch.size and samples == 0:
-                    _look_first(evaluator, batch, measure, options.allow_dropout, what)
+                    look(batch)
                 if batch.size:
                     measure.add(batch)
             samples += batch.size
             advance(batch.size)
             if limit is not None and samples >= limit:
                 break
+    with torch.enable_grad():
+        measure.finish()
     return samples
 
 
 def _look_first(evaluator: Evaluator, batch: Batch, measure: Measure, allow_dropout: bool, what: str) -> None:
-    seen: list[Evaluated | None] = []
+    seen: list[tuple[Evaluated | None, Evaluated | None]] = []
 
     def look() -> None:
-        with torch.no_grad(), kept_buffers(evaluator.module):
-            seen.append(measure.check(batch))
+        with kept_buffers(evaluator.module):
+            watched = measure.watch(batch)
+            if watched is None:
+                with torch.no_grad():
+                    seen.append((None, measure.check(batch)))
+            else:
+                seen.append(watched)
         torch.clear_autocast_cache()
 
     refuse_randomness(evaluator.module, look, allow=allow_dropout, what=what)
-    if not allow_dropout and seen[0] is not None:
+    alone, together = seen[0]
+    if not allow_dropout and together is not None:
         with torch.no_grad(), kept_buffers(evaluator.module):
-            refuse_mixing(evaluator, batch, seen[0], what)
+            alone = evaluator(batch.rows(0, 1)) if alone is None and together.size > 1 else alone
+            if alone is not None:
+                refuse_mixing(evaluator.module, alone, together, what)
         torch.clear_autocast_cache()
 
 

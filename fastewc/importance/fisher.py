@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fastewc._dispatch import Impl
 from fastewc._names import Exclude, op_dtype
 from fastewc.importance.base import Importance
+from fastewc.importance.batches import Batch
 from fastewc.importance.data_pass import PassOptions, run_pass
 from fastewc.importance.evaluate import Evaluated, Evaluator, Forward, logits_or_raw
 from fastewc.importance.likelihoods import LIKELIHOODS, Likelihood
@@ -69,7 +72,7 @@ def fisher_importance(
         max_samples: use the first so many samples in iteration order; over ranks, sample j of rank r is number
             j·world + r (what DistributedSampler deals out).
         impl: the implementation of the per-sample sums; an explicit one that can't run raises.
-        verify: not implemented yet, raises.
+        verify: first compare two samples in one batch with the same two one by one, and raise if they differ.
         progress: show a tqdm bar.
         generator: where "sampled" draws from; None: a fork of torch's default state, so torch.manual_seed repeats it.
         process_group: the ranks to sum over where torch.distributed is initialised: None for the default group, False
@@ -89,9 +92,9 @@ def fisher_importance(
     Raises:
         ValueError: a batch, target, loss or model that can't give per-sample gradients; the message says which and why.
         TypeError: arguments, batches or targets of the wrong type.
-        NotImplementedError: verify=True, an impl that can't run, DTensor or FSDP1 parameters, reentrant activation
+        NotImplementedError: an impl that can't run, DTensor or FSDP1 parameters, reentrant activation
             checkpointing together with forward=.
-        RuntimeError: another rank failed.
+        RuntimeError: another rank failed; verify=True found a difference.
     """
     if labels not in LABELS:
         raise ValueError(f"labels must be one of {', '.join(map(repr, LABELS))}, got {labels!r}")
@@ -119,8 +122,8 @@ def fisher_importance(
     def measure(evaluator: Evaluator, parameters: Mapping[str, nn.Parameter]) -> SampleMeasure:
         if likelihood is None:
             assert callable(loss)
-            return CallableFisher(evaluator, parameters, loss)
-        return Fisher(evaluator, parameters, likelihood, labels, generator)
+            return CallableFisher(evaluator, parameters, loss, impl)
+        return Fisher(evaluator, parameters, likelihood, labels, generator, impl)
 
     return run_pass(model, data, options, f"fisher/{name}/{labels}", measure)
 
@@ -135,11 +138,14 @@ class Fisher(SampleMeasure):
         likelihood: Likelihood,
         labels: str,
         generator: torch.Generator | None,
+        impl: Impl,
     ) -> None:
-        super().__init__(evaluator, parameters, power=2)
+        super().__init__(evaluator, parameters, power=2, impl=impl)
         self._likelihood = likelihood
         self._labels = labels
         self._generator = generator
+        self._drawn: list[Tensor] = []
+        self._again: Tensor | None = None
 
     def check_evaluated(self, seen: Evaluated) -> None:
         """Output and target fit each other and hold N samples."""
@@ -160,7 +166,7 @@ class Fisher(SampleMeasure):
         self._likelihood.check_target(output, target)
 
     def terms(self, seen: Evaluated) -> Iterator[Term]:
-        """−log p(y) of the sample, or each part of its expectation."""
+        """−log p(y), or each part of its expectation."""
         output = seen.output
         self._check(output, seen.target)
         counted = seen.counted(output, elementwise=self._likelihood.elementwise)
@@ -168,7 +174,7 @@ class Fisher(SampleMeasure):
         if rows.shape[0] == 0:
             return
         if self._labels == "expected":
-            yield from self._expected(rows)
+            yield from self._expected(rows, seen.size, counted)
             return
         if self._labels == "sampled":
             yield Term(*self._likelihood.sampled_term(rows, self._uniform(rows)))
@@ -180,34 +186,69 @@ class Fisher(SampleMeasure):
             target = self._likelihood.predicted(rows.detach())
         yield Term(self._likelihood.negative_log(rows, target).sum())
 
+    def by_sample(self, batch: Batch) -> bool:
+        """Rows of a batch follow each other sample by sample only where samples are the first dimension."""
+        return batch.batch_dim != 0 and self._labels in ("sampled", "expected")
+
+    @contextmanager
+    def redrawn(self) -> Iterator[Callable[[], None]]:
+        """The numbers drawn inside can be used again."""
+
+        def again() -> None:
+            self._again = torch.cat(self._drawn) if self._drawn else None
+
+        try:
+            yield again
+        finally:
+            self._drawn, self._again = [], None
+
     def _uniform(self, rows: Tensor) -> Tensor:
         """One number per row, drawn in order and for counted rows only: batching and padding change nothing."""
-        device = torch.device("cpu") if self._generator is None else self._generator.device
-        return torch.rand(rows.shape[0], dtype=torch.float64, generator=self._generator, device=device).to(rows.device)
+        if self._again is not None:
+            numbers, self._again = self._again.tensor_split([rows.shape[0]])
+        else:
+            device = torch.device("cpu") if self._generator is None else self._generator.device
+            numbers = torch.rand(rows.shape[0], dtype=torch.float64, generator=self._generator, device=device)
+            self._drawn.append(numbers)
+        return numbers.to(rows.device)
 
-    def _expected(self, rows: Tensor) -> Iterator[Term]:
-        if rows.numel() > MAX_EXPECTED_PASSES:
+    def _expected(self, rows: Tensor, samples: int, counted: Tensor | None) -> Iterator[Term]:
+        """Term k is what the k-th entry of each sample adds, its weight moved into the seed: (√w g)² = w g²."""
+        if counted is None:
+            lengths = torch.full((samples,), rows.shape[0] // samples, device=rows.device)
+        else:
+            lengths = counted.reshape(samples, -1).sum(1)
+        longest, width = int(lengths.max()), rows[0].numel()
+        if longest * width > MAX_EXPECTED_PASSES:
             raise ValueError(
                 "labels='expected' takes one backward pass per counted position and class (or output): "
-                f"{rows.numel()} for this sample, more than {MAX_EXPECTED_PASSES}. Use labels='sampled', an unbiased "
+                f"{longest * width} for a sample, more than {MAX_EXPECTED_PASSES}. Use labels='sampled', an unbiased "
                 "estimate of the same"
             )
         values, weights = self._likelihood.expected(rows)
-        for index, weight in enumerate(weights.flatten().tolist()):
-            if weight == 0.0:  # 0 · (∂ log 0)² would be NaN
-                continue
-            seed = torch.zeros(values.shape, dtype=values.dtype, device=values.device)
-            seed.view(-1)[index] = 1
-            yield Term(values, seed, weight, keep_graph=True)
+        roots = weights.sqrt().reshape(rows.shape[0], width)
+        first = lengths.cumsum(0) - lengths
+        position = torch.arange(rows.shape[0], device=rows.device) - first.repeat_interleave(lengths)
+        for k in range(longest):
+            there = position == k
+            for column in range(width):
+                seed = torch.zeros_like(roots)
+                seed[there, column] = roots[there, column]
+                if bool(seed.any()):  # 0 · (∂ log 0)² would be NaN
+                    yield Term(values, seed.view_as(values), keep_graph=True)
 
 
 class CallableFisher(SampleMeasure):
     """Per-sample terms of the user's own loss."""
 
     def __init__(
-        self, evaluator: Evaluator, parameters: Mapping[str, nn.Parameter], loss: Callable[[Any, Any], Tensor]
+        self,
+        evaluator: Evaluator,
+        parameters: Mapping[str, nn.Parameter],
+        loss: Callable[[Any, Any], Tensor],
+        impl: Impl,
     ) -> None:
-        super().__init__(evaluator, parameters, power=2)
+        super().__init__(evaluator, parameters, power=2, impl=impl)
         self._loss = loss
 
     def check_evaluated(self, seen: Evaluated) -> None:

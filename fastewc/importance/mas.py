@@ -49,7 +49,7 @@ def mas_importance(
         forward: as in :func:`fastewc.fisher_importance`, as are all arguments below.
         max_samples: use the first so many samples.
         impl: the implementation; an explicit one that can't run raises.
-        verify: not implemented yet, raises.
+        verify: first compare two samples in one batch with the same two one by one, and raise if they differ.
         progress: show a tqdm bar.
         generator: accepted for symmetry; MAS draws nothing.
         process_group: the ranks to sum over.
@@ -63,9 +63,9 @@ def mas_importance(
     Raises:
         ValueError: an unknown output, or a batch or model that can't give per-sample gradients.
         TypeError: arguments or batches of the wrong type.
-        NotImplementedError: verify=True, an impl that can't run, DTensor or FSDP1 parameters, reentrant activation
+        NotImplementedError: an impl that can't run, DTensor or FSDP1 parameters, reentrant activation
             checkpointing together with forward=.
-        RuntimeError: another rank failed.
+        RuntimeError: another rank failed; verify=True found a difference.
     """
     if output not in ("logits", "softmax"):
         raise ValueError(f"output must be 'logits' or 'softmax', got {output!r}")
@@ -83,7 +83,7 @@ class Mas(SampleMeasure):
     """One backward pass per sample, seeded with ∂‖f‖²/∂y."""
 
     def __init__(self, evaluator: Evaluator, parameters: Mapping[str, nn.Parameter], output: str, impl: Impl) -> None:
-        super().__init__(evaluator, parameters, power=1)
+        super().__init__(evaluator, parameters, power=1, impl=impl)
         self._output = output
         self._impl: Impl = impl
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastewc.importance.batches import Batch
-from fastewc.importance.evaluate import Evaluated, Evaluator, logits_or_raw
+from fastewc.importance.evaluate import Evaluated, logits_or_raw
 
 # Relative L2 distance between one sample's output in company and alone. Other kernels for other batch sizes move it by
 # a few roundings per layer: 1e-3 at most under TF32, a few percent in 16 bits or less. Shared statistics move it by
@@ -14,28 +13,28 @@ from fastewc.importance.evaluate import Evaluated, Evaluator, logits_or_raw
 _TOLERANCE, _TOLERANCE_NARROW = 0.03, 0.2
 
 
-def refuse_mixing(evaluator: Evaluator, batch: Batch, whole: Evaluated, what: str) -> None:
-    """Compare the first sample's output in its batch with its output alone; ValueError if they clearly differ.
+def refuse_mixing(module: nn.Module, first: Evaluated, whole: Evaluated, what: str) -> None:
+    """Compare the first sample's output in company with its output alone; ValueError if they clearly differ.
 
     Outputs that are not one tensor with one entry per sample, or of another size alone, tell nothing and pass.
     """
-    together = logits_or_raw(whole.raw)
-    if batch.size < 2 or not (isinstance(together, Tensor) and together.is_floating_point()):
+    together, alone = logits_or_raw(whole.raw), logits_or_raw(first.raw)
+    if whole.size < 2 or not (isinstance(together, Tensor) and together.is_floating_point()):
         return
-    alone = logits_or_raw(evaluator(batch.rows(0, 1)).raw)
     if not isinstance(alone, Tensor):
         return
     for dim in {whole.batch_dim, 0}:
-        if together.ndim <= dim or together.shape[dim] != batch.size:
+        if together.ndim <= dim or together.shape[dim] != whole.size:
             continue
-        first = together.narrow(dim, 0, 1)
-        if first.shape != alone.shape:
+        same = together.narrow(dim, 0, 1)
+        if same.shape != alone.shape:
             continue
-        typical = together.double().nan_to_num(0.0, 0.0, 0.0).norm().item() / batch.size**0.5
-        difference = (first.double() - alone.double()).nan_to_num(0.0, 0.0, 0.0).norm().item()
-        if difference > _tolerance(evaluator.module, together) * typical:
+        typical = together.double().nan_to_num(0.0, 0.0, 0.0).norm().item() / whole.size**0.5
+        difference = (same.double() - alone.double()).nan_to_num(0.0, 0.0, 0.0).norm().item()
+        narrow = together.dtype.itemsize < 4 or computes_narrow(module, together.device)
+        if difference > (_TOLERANCE_NARROW if narrow else _TOLERANCE) * typical:
             raise ValueError(
-                f"{what}: the forward mixes samples: the first sample's output is another in a batch of {batch.size} "
+                f"{what}: the forward mixes samples: the first sample's output is another in a batch of {whole.size} "
                 "than alone, so it has no gradient of its own. Look for statistics over the batch (batch_norm with "
                 "training=True, a mean over dimension 0), or for batch_dim; keep the samples apart, or give batches of "
                 "one sample"
@@ -43,8 +42,7 @@ def refuse_mixing(evaluator: Evaluator, batch: Batch, whole: Evaluated, what: st
         return
 
 
-def _tolerance(module: nn.Module, output: Tensor) -> float:
-    """By the narrowest numbers that the forward computes with."""
-    tensors = [output, *module.parameters()]
-    narrow = any(tensor.dtype.itemsize < 4 for tensor in tensors)
-    return _TOLERANCE_NARROW if narrow or torch.is_autocast_enabled(output.device.type) else _TOLERANCE
+def computes_narrow(module: nn.Module, device: torch.device) -> bool:
+    """True if the forward computes in less than 32 bits somewhere, and its roundings are percents."""
+    narrow = any(tensor.dtype.itemsize < 4 for tensor in module.parameters())
+    return narrow or torch.is_autocast_enabled(device.type)

@@ -1,21 +1,32 @@
-"""What Fisher and MAS share: each sample by itself through the model, its terms into the per-sample sums."""
+"""What Fisher and MAS share: batches through the model, their terms into the per-sample sums."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from fastewc.importance.batches import Batch
+from fastewc._dispatch import Impl
+from fastewc.importance.batches import Batch, Joined
 from fastewc.importance.evaluate import Evaluated, Evaluator
-from fastewc.per_sample import BatchOneSums, Term
+from fastewc.per_sample import BatchOneSums, PerSampleSums, Term, Unforeseen, zeros_for
+
+_JOINED_BYTES = 1 << 26  # of a joined batch at most
+_BY_SAMPLE = ("batch-1", "one backward pass per sample through autograd")
 
 
 class SampleMeasure:
-    """A measure that is a sum over samples of |gradient|^power; subclasses say of what the gradient is."""
+    """A measure that is a sum over samples of |gradient|^power; subclasses say of what the gradient is.
 
-    def __init__(self, evaluator: Evaluator, parameters: Mapping[str, nn.Parameter], power: int) -> None:
+    Batches go through the engine as they are, or in parts that suit the caches. Parameters that it gives up, single
+    samples, and everything with impl="reference" go through autograd sample by sample.
+    """
+
+    def __init__(
+        self, evaluator: Evaluator, parameters: Mapping[str, nn.Parameter], power: int, impl: Impl = "auto"
+    ) -> None:
         self._evaluator = evaluator
         for name, parameter in parameters.items():
             if parameter._backward_hooks:
@@ -23,32 +34,146 @@ class SampleMeasure:
                     f"parameter {name!r} has a hook (register_hook) that may change its gradient, and so the "
                     "importance; remove it for the pass"
                 )
-        self._engine = BatchOneSums(evaluator.module, parameters, power, foreign=evaluator.custom is not None)
-        self.sums, self.used = self._engine.sums, self._engine.used
-        self.path, self.reason = self._engine.path, self._engine.reason
+        self._parameters, self._power = dict(parameters), power
+        self._foreign = evaluator.custom is not None
+        self.sums = {name: zeros_for(p) for name, p in parameters.items()}
+        self._whole = None if impl == "reference" else self._engine(impl)
+        self._single: dict[frozenset[str], BatchOneSums] = {}
+        self._waiting: Joined | None = None
+
+    def _engine(self, impl: Impl) -> PerSampleSums:
+        return PerSampleSums(
+            self._evaluator.module, self._parameters, self.sums, self._power, impl, foreign=self._foreign
+        )
 
     def check_evaluated(self, seen: Evaluated) -> None:
-        """Raise if the first batch, evaluated as a whole, can't be right."""
+        """Raise if an evaluated batch can't be right."""
         raise NotImplementedError
 
     def terms(self, seen: Evaluated) -> Iterator[Term]:
-        """The gradients to take for one evaluated sample."""
+        """The gradients to take for an evaluated batch: each a sum over its samples, of weight 1 if these are many."""
         raise NotImplementedError
 
+    def by_sample(self, batch: Batch) -> bool:
+        """True if the terms of this batch can only be formed for one sample at a time."""
+        return False
+
     def check(self, batch: Batch) -> Evaluated:
-        """Evaluate the whole first batch: only there do a batch-mean loss and a lost batch dimension show."""
+        """Evaluate the first batch: only in company do a batch-mean loss and a lost batch dimension show."""
         seen = self._evaluator(batch)
         self.check_evaluated(seen)
         return seen
 
+    def watch(self, batch: Batch) -> tuple[Evaluated, Evaluated] | None:
+        """Let the engine see how the model uses its parameters: what the first sample and the first two gave."""
+        if self._whole is None or batch.size < 2:
+            return None
+        seen: dict[int, Evaluated] = {}
+
+        def run(samples: int) -> None:
+            seen[samples] = self._evaluator(batch.rows(0, samples))
+
+        self._whole.watch(run)
+        return seen[1], seen[2]
+
     def add(self, batch: Batch) -> None:
-        """Each sample of the batch, one after the other."""
+        """Add a batch's samples, now or together with those that follow."""
+        capacity = self._capacity(batch)
+        if self._waiting is not None and not self._waiting.takes(batch):
+            self.finish()
+        if self._waiting is None and 2 * batch.size <= capacity and Joined.can_begin(batch):
+            self._waiting = Joined(batch, capacity)
+        if self._waiting is None:
+            self._add(batch)
+        else:
+            self._waiting.append(batch)
+
+    def finish(self) -> None:
+        """Add what is still waiting."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self._add(waiting.batch())
+
+    def _capacity(self, batch: Batch) -> int:
+        """How many samples to collect. On a GPU the batch's size is the user's choice, and so is what forward gets."""
+        cpu = next(iter(self._parameters.values())).device.type == "cpu"
+        if not cpu or self._foreign or self._whole is None or not self._whole.planned or self.by_sample(batch):
+            return 0
+        return min(self._whole.chunk(), max(1, _JOINED_BYTES // max(1, Joined.bytes_of(batch))))
+
+    def _add(self, batch: Batch) -> None:
+        engine = self._whole
+        if engine is None or batch.size == 1 or self.by_sample(batch):
+            return self._add_singly(batch, self._parameters.keys())
+        if not engine.planned:
+            self.watch(batch)
+        start, count = 0, -(-batch.size // engine.chunk())
+        for part in range(count):
+            stop = batch.size * (part + 1) // count
+            self._add_part(engine, batch.rows(start, stop))
+            start = stop
+        return None
+
+    def _add_part(self, engine: PerSampleSums, part: Batch) -> None:
+        with self.redrawn() as again:
+            if not self._added_whole(engine, part):
+                self._add_singly(part, self._parameters.keys())
+            elif engine.given_up:
+                again()
+                self._add_singly(part, engine.given_up.keys())
+
+    def _added_whole(self, engine: PerSampleSums, part: Batch) -> bool:
+        """False, with nothing added, if the model does for these samples what it did for no others."""
+
+        def forward() -> Iterator[Term]:
+            seen = self._evaluator(part)
+            self.check_evaluated(seen)
+            return self.terms(seen)
+
+        for _ in range(2):
+            try:
+                engine.add(forward, part.size)
+                return True
+            except Unforeseen:
+                if part.size > 1:
+                    self.watch(part)
+        return False
+
+    def _add_singly(self, batch: Batch, names: Iterable[str]) -> None:
+        wanted = frozenset(names)
+        if wanted not in self._single:
+            parameters = {name: p for name, p in self._parameters.items() if name in wanted}
+            self._single[wanted] = BatchOneSums(
+                self._evaluator.module, parameters, self._power, foreign=self._foreign, sums=self.sums
+            )
         for index in range(batch.size):
-            self._engine.add(self.terms(self._evaluator(batch.rows(index, index + 1))))
+            self._single[wanted].add(self.terms(self._evaluator(batch.rows(index, index + 1))))
+
+    @contextmanager
+    def redrawn(self) -> Iterator[Callable[[], None]]:
+        """Inside, calling what it yields lets the next terms of the same samples draw the same random labels again."""
+        yield lambda: None
+
+    @property
+    def used(self) -> set[str]:
+        """Names of the parameters that some sample's gradient has reached."""
+        return {name for one in self._engines() for name in one.used}
+
+    def _engines(self) -> list[PerSampleSums | BatchOneSums]:
+        return [*([] if self._whole is None else [self._whole]), *self._single.values()]
+
+    def path(self, name: str) -> tuple[str, str]:
+        """(path, reason) of a parameter, for the report."""
+        if self._whole is None:
+            return _BY_SAMPLE
+        if name in self._whole.given_up:
+            return "batch-1", self._whole.given_up[name]
+        return self._whole.paths.get(name, _BY_SAMPLE)
 
     def nothing_measured(self) -> bool:
         """True if there were terms and none of them depended on anything."""
-        return self._engine.terms > 0 and not self._engine.reached
+        engines = self._engines()
+        return any(one.terms for one in engines) and not any(one.reached for one in engines)
 
 
 def check_batch_dimension(seen: Evaluated, output: Tensor) -> None:

@@ -52,7 +52,7 @@ def signal_importance(
         forward: as in :func:`fastewc.fisher_importance`, as are all arguments below; runs twice per batch.
         max_samples: use the first so many samples.
         impl: the implementation; an explicit one that can't run raises.
-        verify: not implemented yet, raises.
+        verify: first compare two samples in one batch with the same two one by one, and raise if they differ.
         progress: show a tqdm bar.
         generator: accepted for symmetry; SIG draws nothing.
         process_group: the ranks to sum over.
@@ -65,11 +65,11 @@ def signal_importance(
 
     Raises:
         NotImplementedError: parameters are used by something else than a linear or convolutional layer (all are named);
-            positions that do not count meet a convolution of other positions; verify=True, an impl that can't run,
+            positions that do not count meet a convolution of other positions; an impl that can't run,
             DTensor or FSDP1 parameters.
         ValueError: a batch or model that the pass can't read.
         TypeError: arguments or batches of the wrong type.
-        RuntimeError: another rank failed.
+        RuntimeError: another rank failed; verify=True found a difference.
     """
     options = PassOptions(
         forward, max_samples, impl, verify, progress, generator, process_group, batch_dim, allow_dropout, exclude
@@ -80,9 +80,6 @@ def signal_importance(
 class Signal:
     """Sums of absolute signals, whole batches at a time: they are sums over samples already."""
 
-    path = "op"
-    reason = "inputs and outputs of each linear or convolutional call, caught at the function"
-
     def __init__(self, evaluator: Evaluator, parameters: Mapping[str, nn.Parameter]) -> None:
         self._evaluator = evaluator
         self._parameters = dict(parameters)
@@ -90,6 +87,14 @@ class Signal:
             name: torch.zeros_like(p, dtype=op_dtype(p), requires_grad=False) for name, p in parameters.items()
         }
         self.used: set[str] = set()
+
+    def path(self, name: str) -> tuple[str, str]:
+        """The same for all."""
+        return "op", "inputs and outputs of each linear or convolutional call, caught at the function"
+
+    def watch(self, batch: Batch) -> tuple[Evaluated, Evaluated] | None:
+        """Nothing to find out before."""
+        return None
 
     def check(self, batch: Batch) -> Evaluated | None:
         """Run the batch once, to see whether the forward draws random numbers or mixes samples."""
@@ -99,6 +104,9 @@ class Signal:
     def nothing_measured(self) -> bool:
         """There is nothing to differentiate here."""
         return False
+
+    def finish(self) -> None:
+        """Nothing waits."""
 
     @torch.no_grad()
     def add(self, batch: Batch) -> None:

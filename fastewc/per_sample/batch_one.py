@@ -36,19 +36,21 @@ class BatchOneSums:
         parameters: the parameters to differentiate by, under their names.
         power: 2 for Fisher, 1 for MAS.
         foreign: modules that are not in ``module`` may take part in the forward.
+        sums: totals to add to; new ones if None.
     """
 
-    path = "batch-1"
-    reason = "one backward pass per sample through autograd"
-
     def __init__(
-        self, module: nn.Module, parameters: Mapping[str, nn.Parameter], power: int, *, foreign: bool = False
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        power: int,
+        *,
+        foreign: bool = False,
+        sums: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.power = power
         self._foreign = foreign
-        self.sums = {
-            name: torch.zeros_like(p, dtype=op_dtype(p), requires_grad=False) for name, p in parameters.items()
-        }
+        self.sums = {name: zeros_for(p) if sums is None else sums[name] for name, p in parameters.items()}
         self.used: set[str] = set()
         self.terms = 0
         self.reached = False
@@ -85,38 +87,51 @@ class BatchOneSums:
         )
 
     def _gradients_by_backward(self, term: Term, parameters: list[nn.Parameter]) -> list[Tensor | None]:
-        """The same through ``.grad``: reentrant activation checkpointing refuses torch.autograd.grad."""
-        if self._foreign:  # what is used inside a checkpoint is not in the graph, so its .grad can't be put back
-            raise NotImplementedError(
-                "reentrant activation checkpointing together with forward= is not supported: the gradients of modules "
-                "other than the model could not be left alone. Use checkpoint(..., use_reentrant=False)."
-            )
-        leaves: dict[int, Tensor] = {id(p): p for p in self._module.parameters()}
-        for node in graph_nodes(term.value):
-            if isinstance(leaf := getattr(node, "variable", None), Tensor):
-                leaves[id(leaf)] = leaf
-        if any(getattr(leaf, "_post_accumulate_grad_hooks", None) for leaf in leaves.values()):
-            raise NotImplementedError(
-                "reentrant activation checkpointing together with post-accumulate-grad hooks (an optimizer that "
-                "steps inside backward?) is not supported: the pass would fire them. Use checkpoint(..., "
-                "use_reentrant=False)."
-            )
-        with _empty_gradients(leaves.values()):
+        with empty_gradients(self._module, graph_leaves(graph_nodes(term.value)), foreign=self._foreign):
             torch.autograd.backward(term.value, term.seed, retain_graph=term.keep_graph)
             return [p.grad for p in parameters]
 
 
+def zeros_for(parameter: Tensor) -> Tensor:
+    """A total for a parameter: float32 (float64 for float64) zeros of its shape."""
+    return torch.zeros_like(parameter, dtype=op_dtype(parameter), requires_grad=False)
+
+
 @contextmanager
-def _empty_gradients(leaves: Iterable[Tensor]) -> Iterator[None]:
-    """Set every leaf's .grad aside and put the same tensor back afterwards."""
+def empty_gradients(module: nn.Module, reached: Iterable[Tensor], *, foreign: bool) -> Iterator[list[Tensor]]:
+    """For a backward into ``.grad``, which reentrant activation checkpointing needs: it refuses torch.autograd.grad.
+
+    Sets the .grad of the module's parameters and of the leaves that the graph reaches aside, and puts the same tensors
+    back afterwards. Yields these leaves.
+
+    Raises:
+        NotImplementedError: gradients of others would change (``foreign`` modules take part), or hooks would fire.
+    """
+    if foreign:  # what is used inside a checkpoint is not in the graph, so its .grad can't be put back
+        raise NotImplementedError(
+            "reentrant activation checkpointing together with forward= is not supported: the gradients of modules "
+            "other than the model could not be left alone. Use checkpoint(..., use_reentrant=False)."
+        )
+    leaves = list({id(leaf): leaf for leaf in (*module.parameters(), *reached)}.values())
+    if any(getattr(leaf, "_post_accumulate_grad_hooks", None) for leaf in leaves):
+        raise NotImplementedError(
+            "reentrant activation checkpointing together with post-accumulate-grad hooks (an optimizer that "
+            "steps inside backward?) is not supported: the pass would fire them. Use checkpoint(..., "
+            "use_reentrant=False)."
+        )
     kept = [(leaf, leaf.grad) for leaf in leaves]
-    for leaf, _ in kept:
+    for leaf in leaves:
         leaf.grad = None
     try:
-        yield
+        yield leaves
     finally:
         for leaf, gradient in kept:
             leaf.grad = gradient
+
+
+def graph_leaves(nodes: Iterable[torch.autograd.graph.Node]) -> list[Tensor]:
+    """The tensors whose .grad the nodes of a graph would add to."""
+    return [leaf for node in nodes if isinstance(leaf := getattr(node, "variable", None), Tensor)]
 
 
 def graph_nodes(value: Tensor) -> Iterator[torch.autograd.graph.Node]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastewc import mas_importance
-from fastewc.testing import assert_within_roundings, sum_roundings
+from fastewc.testing import assert_within_roundings
 
 
 def naive(model, norms, n):
@@ -131,8 +131,8 @@ def test_bf16_model_is_summed_in_float32():
     model, x = net(torch.bfloat16), torch.randn(300, 4, dtype=torch.bfloat16)
     got = mas_importance(model, [x])
     oracle = naive(model, lambda i: model(x[i : i + 1]).float().square().sum(), 300)
-    for name, value in oracle.items():
-        assert_within_roundings(got[name], value, roundings=sum_roundings(300) + 4)
+    for name, value in oracle.items():  # its weight gradients are rounded to bfloat16, ours are not
+        assert_within_roundings(got[name], value, roundings=8, dtype=torch.bfloat16)
 
 
 def test_unknown_output():

@@ -1,8 +1,9 @@
 """Triton kernels on CPU tensors: a test file runs itself once more, in a process where Triton's interpreter is on.
 
 The interpreter stands in for the hardware, with these repairs: float32 becomes bfloat16 by rounding (it cuts, and its
-own rounding loses the carry), scalars become Python's also in Triton 3.6 with numpy 2.4, a helper's call does not patch
-the language again (a millisecond each, and the kernel's call has done so), and numpy does not warn of masked lanes.
+own rounding loses the carry), dot products and absolute values of bfloat16 are not those of its bits, scalars become
+Python's also in Triton 3.6 with numpy 2.4, a helper's call does not patch the language again (a millisecond each, and
+the kernel's call has done so), and numpy does not warn of masked lanes.
 """
 
 import os
@@ -46,6 +47,21 @@ def _repair() -> None:
             return interpreter.TensorHandle(nearest, target.scalar)
         return cast(self, source, target)
 
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(numpy.uint32) << 16).view(numpy.float32), tl.float32)
+
+    dot, fabs = builder.create_dot, builder.create_fabs
+
+    def wide_dot(self, a, b, *others):
+        return dot(self, widened(a), widened(b), *others)
+
+    def wide_fabs(self, x):
+        if x.dtype.scalar != tl.bfloat16:
+            return fabs(self, x)
+        return interpreter.TensorHandle(x.data & numpy.uint16(0x7FFF), x.dtype.scalar)
+
     function = interpreter.InterpretedFunction
     call, patched = function.__call__, set()
 
@@ -63,6 +79,7 @@ def _repair() -> None:
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
     builder.cast_impl, function.__call__ = rounded, called
+    builder.create_dot, builder.create_fabs = wide_dot, wide_fabs
     interpreter._patch_lang_tensor = patched_tensor
     numpy.seterr(all="ignore")
 

@@ -37,9 +37,12 @@ def test_the_cuda_kernels_pass_the_tests_of_their_ops(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     # In a process of its own: here, the CPU's own kernels may be loaded already.
     plugins = ["-p", "tests.cuda_on_cpu.plugin", "-p", "no:cacheprovider"]
-    files = [f"tests/{name}.py" for name in ("cuda_on_cpu/kernels", "ops/test_parity", "ops/test_ewc_step")]
+    files = [
+        f"tests/{name}.py"
+        for name in ("cuda_on_cpu/kernels", "cuda_on_cpu/sums", "ops/test_parity", "ops/test_ewc_step")
+    ]
     ops = [path.parent.name for path in csrc.glob("*/*_cuda.cu")]
-    tests = [*files, "tests/ops/test_ewc_penalty.py", "-k", " or ".join(["kernels.py", *ops])]
+    tests = [*files, "tests/ops/test_ewc_penalty.py", "-k", " or ".join(["cuda_on_cpu", *ops])]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", *plugins, *tests],
         cwd=ROOT, env={**os.environ, "FASTEWC_CUDA_ON_CPU": str(library)}, capture_output=True, text=True, check=False,

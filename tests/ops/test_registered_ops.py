@@ -87,7 +87,7 @@ def test_a_compiled_step_is_one_graph_with_the_same_bits(case: step_cases.Case):
     torch._dynamo.reset()
     torch.compile(step, fullgraph=True)(compiled)
     step(eager)
-    for (name, i, got), (_, _, wanted) in zip(step_cases._columns(compiled), step_cases._columns(eager), strict=True):
+    for (name, i, got), (_, _, wanted) in zip(step_cases.columns(compiled), step_cases.columns(eager), strict=True):
         assert torch.equal(got, wanted), f"{name}[{i}]"
 
 

@@ -1,22 +1,59 @@
 """sum_grad_power: hand-worked numbers, autograd as oracle, contract."""
 
+import math
+
 import pytest
 import torch
+from torch.nn import functional
 
-from fastewc.ops.sum_grad_power import cases, sum_grad_power
-from fastewc.testing import assert_all_within_roundings, assert_within_roundings
+from fastewc._dispatch import choose
+from fastewc.ops.sum_grad_power import add_conv_grad_power, add_sum_grad_power, cases, sum_grad_power
+from fastewc.testing import assert_all_within_roundings, assert_within_roundings, sum_roundings
+
+CPU = torch.device("cpu")
 
 
-def test_by_hand():
+@pytest.fixture(params=["reference", "native"])
+def impl(request: pytest.FixtureRequest) -> str:
+    try:
+        return choose("sum_grad_power", request.param, CPU)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def ops():
+    try:
+        choose("sum_grad_power", "native", CPU)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    from fastewc.ops.sum_grad_power import native  # noqa: F401  # defines them
+
+    return torch.ops.fastewc
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_by_hand(impl):
     # Sample 1: gradient 1·1 + 2·(−1) = −1; sample 2: 3·1 + 1·2 = 5.
     a = torch.tensor([[[1.0], [2.0]], [[3.0], [1.0]]])
     g = torch.tensor([[[1.0], [-1.0]], [[1.0], [2.0]]])
-    assert sum_grad_power(a, g, 2).tolist() == [[26.0]]
-    assert sum_grad_power(a, g, 1).tolist() == [[6.0]]
+    assert sum_grad_power(a, g, 2, impl).tolist() == [[26.0]]
+    assert sum_grad_power(a, g, 1, impl).tolist() == [[6.0]]
+    # The same as one sample that uses the weight twice: gradient −1 + 5 = 4.
+    for p, wanted in ((2, 17.0), (1, 5.0)):
+        total = torch.ones(1, 1)
+        add_sum_grad_power(total, [(a[:1], g[:1]), (a[1:], g[1:])], p, impl)
+        assert total.tolist() == [[wanted]]
 
 
 @pytest.mark.parametrize("p", [1, 2])
-def test_is_the_sum_of_per_sample_weight_gradients(p):
+def test_is_the_sum_of_per_sample_weight_gradients(p, impl):
     x = torch.randn(5, 7, 3, dtype=torch.float64)
     seed = torch.randn(5, 7, 4, dtype=torch.float64)
     w = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
@@ -25,7 +62,25 @@ def test_is_the_sum_of_per_sample_weight_gradients(p):
         (gradient,) = torch.autograd.grad((x[n] @ w.T * seed[n]).sum(), w)
         oracle = oracle + gradient.abs() ** p
     scale = sum((seed[n].abs().T @ x[n].abs()) ** p for n in range(5))
-    assert_within_roundings(sum_grad_power(x, seed, p), oracle, roundings=64, error_scale=scale)
+    assert_within_roundings(sum_grad_power(x, seed, p, impl), oracle, roundings=64, error_scale=scale)
+
+
+CONVOLUTIONS = [case for case in cases.CASES if isinstance(case, cases.ConvCase)]
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda c: c.id)
+def test_convolutions_are_those_of_torch(case, impl):
+    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(case.kernel) - 1]
+    oracle, segments = case.make_inputs(torch.float64)
+    oracle = oracle.clone()
+    for n in range(case.N):
+        w = torch.zeros(oracle.shape, dtype=torch.float64, requires_grad=True)
+        outputs = [(convolve(x[n : n + 1], w, None, **case.settings) * g[n]).sum() for x, g in segments]
+        (gradient,) = torch.autograd.grad(sum(outputs), w)
+        oracle += gradient.abs() ** case.p
+    (got,) = case.run(impl, torch.float64)
+    (scale,) = case.error_scale(torch.float64)
+    assert_within_roundings(got, oracle, roundings=2 * case.roundings, error_scale=scale)
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.id)
@@ -33,20 +88,79 @@ def test_is_the_sum_of_per_sample_weight_gradients(p):
 def test_reference_matches_itself_in_float64(case, dtype):
     got = case.run("reference", dtype)
     assert got[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert got[0].shape == (case.O, case.I)
     assert_all_within_roundings(got, case.oracle(dtype), roundings=case.roundings, error_scale=case.error_scale(dtype))
 
 
-def test_two_dimensions_are_one_position():
+def test_case_names_differ():
+    assert len({case.id for case in cases.CASES}) == len(cases.CASES)
+
+
+# Larger than what the native kernel takes at a time: of positions, of samples at one position, of rows in a strip, and
+# of x in the cache.
+LARGE = [
+    cases.Case(3, 700, 41, 70, p=2),
+    cases.SegmentsCase(2, (300, 3, 520), 37, 26, p=1),
+    cases.SegmentsCase(260, (1,), 515, 520, total="transposed"),
+    cases.SegmentsCase(2, (20,), 800, 1000, p=1),
+    cases.SegmentsCase(4, (200,), 410, 500),
+    cases.ConvCase(2, 3, 40, (45, 33), (3, 3), stride=2, padding=1),
+    cases.ConvCase(2, 130, 33, (9, 8), (3, 3), padding=1, total="transposed"),
+    cases.ConvCase(30, 64, 8, (12, 12), (3, 3), padding=1, p=1),
+    cases.ConvCase(2, 70, 70, (20, 17), (3, 3), padding=1, groups=70),
+]
+
+
+@pytest.mark.parametrize("case", LARGE, ids=lambda c: c.id)
+def test_large_inputs_and_any_number_of_threads(case, ops, threads):
+    oracle, scale = case.oracle(torch.float32), case.error_scale(torch.float32)
+    for count in (1, 3):
+        threads(count)
+        got, again = (case.run("native", torch.float32) for _ in range(2))
+        assert_all_within_roundings(got, oracle, roundings=case.roundings, error_scale=scale, context=f"{count}")
+        assert torch.equal(got[0], again[0]), f"not deterministic with {count} threads"
+
+
+def test_two_dimensions_are_one_position(impl):
     a, g = torch.randn(6, 3), torch.randn(6, 4)
-    assert torch.equal(sum_grad_power(a, g, 2), sum_grad_power(a[:, None], g[:, None], 2))
+    assert torch.equal(sum_grad_power(a, g, 2, impl), sum_grad_power(a[:, None], g[:, None], 2, impl))
 
 
-def test_no_gradient_flows_and_strides_do_not_matter():
+def test_no_gradient_flows_and_strides_do_not_matter(impl):
     a, g = torch.randn(3, 5, 6, requires_grad=True).transpose(0, 1), torch.randn(5, 3, 4)
-    out = sum_grad_power(a, g, 2)
+    out = sum_grad_power(a, g, 2, impl)
     assert not out.requires_grad
-    assert torch.equal(out, sum_grad_power(a.contiguous(), g, 2))
+    assert torch.equal(out, sum_grad_power(a.contiguous(), g, 2, impl))
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_two_calls_add_up_to_one_on_all_samples(p, impl):
+    a, g = torch.randn(11, 4, 9), torch.randn(11, 4, 35)
+    total = torch.zeros(35, 9)
+    for samples in (slice(0, 3), slice(3, 11)):
+        add_sum_grad_power(total, [(a[samples], g[samples])], p, impl)
+    oracle, scale = (sum_grad_power(x.double(), y.double(), p, "reference") for x, y in ((a, g), (a.abs(), g.abs())))
+    assert_within_roundings(total, oracle, roundings=p * sum_roundings(4) + sum_roundings(11), error_scale=scale)
+
+
+def test_nothing_but_the_elements_of_the_total_is_written(impl):
+    memory = torch.full((40, 3, 50), math.nan)
+    total = memory[::2, 1, 3:48:3]
+    total.zero_()
+    add_sum_grad_power(total, [(torch.randn(4, 5, 15), torch.randn(4, 5, 20))], 2, impl)
+    assert not total.isnan().any()
+    assert int(memory.isnan().sum()) == memory.numel() - total.numel()
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_nan_and_infinities_stay_with_their_rows(T, impl):
+    a, g = torch.randn(5, T, 40), torch.randn(5, T, 70)
+    a[2, 0, 33], g[1, 0, 5] = math.nan, math.inf
+    out = sum_grad_power(a, g, 1, impl)
+    assert out[:, 33].isnan().all()
+    rest = out[5, torch.arange(40) != 33]
+    assert not rest.isfinite().any()
+    out[:, 33], out[5] = 0, 0
+    assert out.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -68,10 +182,130 @@ def test_refuses(a, g, p, error):
         sum_grad_power(a, g, p)
 
 
+A, G = torch.ones(2, 4, 3), torch.ones(2, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("total", "segments", "p", "error", "text"),
+    [
+        (torch.zeros(5, 3), [(A, G)], 0, ValueError, "p must be 1"),
+        (torch.zeros(3, 5), [(A, G)], 2, ValueError, r"for a total \[3, 5\]"),
+        (torch.zeros(15), [(A, G)], 2, ValueError, r"for a total \[15\]"),
+        (torch.zeros(5, 3), [(A, G), (A[:1], G[:1])], 2, ValueError, "one N"),
+        (torch.zeros(5, 3), [(A, G), (A, G[:, :3])], 2, ValueError, "one N"),
+        (torch.zeros(5, 3), [(A.double(), G.double())], 2, TypeError, "total of torch.float32"),
+        (torch.zeros(5, 3), [(A, G), (A.half(), G.half())], 2, TypeError, "share one dtype"),
+        (torch.zeros(5, 3), [(A, 1.0)], 2, TypeError, "must be tensors"),
+        (torch.zeros(5, 3, device="meta"), [(A, G)], 2, ValueError, "one device"),
+    ],
+)
+def test_add_refuses_with_wanted_and_given(total, segments, p, error, text, impl):
+    with pytest.raises(error, match=text):
+        add_sum_grad_power(total, segments, p, impl)
+    assert total.is_meta or not total.any()
+
+
+@pytest.mark.parametrize(
+    ("total", "x", "g", "changed"),
+    [
+        ((4, 3, 3), (2, 3, 6), (2, 4, 3), {}),  # 4 positions
+        ((4, 3, 3), (2, 3, 6), (1, 4, 4), {}),
+        ((4, 3, 3), (2, 4, 6), (2, 4, 4), {}),
+        ((4, 3, 3), (2, 3, 6, 6), (2, 4, 4), {}),
+        ((4, 3, 3), (2, 3, 6), (2, 4, 4), {"stride": (1, 1)}),
+        ((4, 3, 3), (2, 3, 6), (2, 4, 4), {"stride": (0,)}),
+        ((4, 3, 3), (2, 3, 6), (2, 4, 4), {"padding": (-1,)}),
+        ((4, 3, 3), (2, 9, 6), (2, 4, 4), {"groups": 3}),
+        ((4, 3), (2, 3, 6), (2, 4, 4), {}),
+    ],
+)
+def test_convolutions_that_do_not_fit_are_refused(total, x, g, changed, impl):
+    settings = {"stride": (1,), "padding": (0,), "dilation": (1,), "groups": 1, **changed}
+    with pytest.raises(ValueError, match="wanted"):
+        add_conv_grad_power(torch.zeros(total), [(torch.ones(x), torch.ones(g))], 2, **settings, impl=impl)
+
+
 def test_explicit_impl_never_falls_back():
     a = torch.ones(2, 3)
-    for impl in ("triton", "native"):
-        with pytest.raises(NotImplementedError, match="sum_grad_power"):
-            sum_grad_power(a, a, 2, impl)
+    with pytest.raises(NotImplementedError, match="sum_grad_power"):
+        sum_grad_power(a, a, 2, "triton")  # for CUDA tensors
     with pytest.raises(ValueError, match="impl"):
         sum_grad_power(a, a, 2, "cuda")
+
+
+# ---- the registered ops ----
+
+
+def test_opcheck(ops):
+    a, g = torch.randn(3, 2, 5), torch.randn(3, 2, 4)
+    for dtype in cases.DTYPES:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        pairs = [a.to(dtype), a.to(dtype)[:, :1]], [g.to(dtype), g.to(dtype)[:, :1]]
+        torch.library.opcheck(ops.add_sum_grad_power.default, (torch.zeros(4, 5, dtype=wide), *pairs, 2))
+    torch.library.opcheck(ops.add_sum_grad_power.default, (torch.zeros(5, 4).t(), [a], [g], 1))
+    x, y = torch.randn(2, 4, 6, 5), torch.randn(2, 6, 3, 3)
+    for total in (torch.zeros(6, 2, 3, 3), torch.zeros(6, 2, 3, 3).to(memory_format=torch.channels_last)):
+        args = (total, [x], [y], 2, [2, 2], [1, 1], [1, 1], 2)
+        torch.library.opcheck(ops.add_conv_grad_power.default, args)
+
+
+def test_the_kernels_repeat_the_checks(ops):
+    a, g, total = torch.ones(2, 4, 3), torch.ones(2, 4, 5), torch.zeros(5, 3)
+    for args, text in (
+        ((total, [a], [g], 3), "p 1 or 2, given 3"),
+        ((total, [a], [], 2), "as many tensors"),
+        ((total, [a], [g.half()], 2), "one dtype"),
+        ((total.double(), [a], [g], 2), "total of Float"),
+        ((total.t(), [a], [g], 2), r"for \[3, 5\]"),
+        ((total, [a[0]], [g], 2), r"given \[4, 3\]"),
+        ((total, [a.long()], [g.long()], 2), "float32"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            ops.add_sum_grad_power(*args)
+    x, y, weight = torch.ones(2, 4, 6), torch.ones(2, 6, 4), torch.zeros(6, 4, 3)
+    for args, text in (
+        ((weight, [x], [y], 2, [1], [0], [2], 1), "of this convolution"),
+        ((weight, [x], [y], 2, [1, 1], [0], [1], 1), "1 numbers"),
+        ((weight, [x], [y], 2, [1], [0], [1], 4), "4 groups"),
+        ((torch.zeros(6, 4), [x], [y], 2, [1], [0], [1], 1), "spatial"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            ops.add_conv_grad_power(*args)
+    assert not total.any() and not weight.any()
+
+
+def test_compiles_to_one_graph(impl):
+    torch.compiler.reset()
+    a, g, x, y = torch.randn(4, 3, 6), torch.randn(4, 3, 5), torch.randn(2, 3, 8), torch.randn(2, 7, 4)
+
+    def all_three(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        add_sum_grad_power(total, [(2 * a, g), (a, g)], 2, impl)
+        add_conv_grad_power(
+            weight, [(x + 1, y)], 1, stride=(2,), padding=(1,), dilation=(1,), groups=1, impl=impl
+        )  # fmt: skip
+        return sum_grad_power(a, g, 2, impl) + total
+
+    totals = [(torch.zeros(5, 6), torch.zeros(7, 3, 3)) for _ in range(2)]
+    got = torch.compile(all_three, fullgraph=True, backend="aot_eager")(*totals[0])
+    assert torch.equal(got, all_three(*totals[1]))
+    assert all(map(torch.equal, *totals))
+
+
+@pytest.mark.gpu
+def test_auto_on_a_gpu():
+    for case in LARGE:
+        got = case.run("auto", torch.float32, "cuda")
+        scale = case.error_scale(torch.float32)
+        oracle = case.oracle(torch.float32)
+        assert_all_within_roundings(got, oracle, roundings=case.roundings, error_scale=scale, context=case.id)
+
+
+def test_one_position_stays_float32_whatever_torch_multiplies_in():
+    a, g = torch.randn(64, 33), torch.randn(64, 17)
+    oracle = g.double().square().T @ a.double().square()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        got = sum_grad_power(a, g, 2)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert_within_roundings(got, oracle, roundings=2 + sum_roundings(64))

@@ -1,4 +1,4 @@
-"""Every Triton kernel that a call can launch, compiled ahead of time: no register spills, and accesses are wide.
+"""Every Triton kernel of the steps and penalties, compiled ahead of time: no register spills, and accesses are wide.
 
 All variants are compiled for sm_90. For the other targets those that contain the rest: with a momentum buffer or
 amsgrad's maximum, protected, tracked (but also untracked where that makes a tile wider), the modes of the penalty that

@@ -41,13 +41,13 @@ def library() -> Path:
     return path
 
 
-def disassembly(library: Path) -> dict[str, str]:
-    """Symbol -> its instructions, of the clones of ewc_step."""
+def disassembly(library: Path, part: str = "ewc_step") -> dict[str, str]:
+    """Symbol -> its instructions, of the functions that have the part in their names."""
     text = subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", str(library)], capture_output=True, text=True, check=True
     ).stdout
     blocks = re.split(r"^[0-9a-f]{16} <(.*)>:$", text, flags=re.MULTILINE)
-    return {name: body for name, body in zip(blocks[1::2], blocks[2::2], strict=True) if "ewc_step" in name}
+    return {name: body for name, body in zip(blocks[1::2], blocks[2::2], strict=True) if part in name}
 
 
 def test_every_clone_of_the_step_has_packed_roots_quotients_and_products(library: Path):
@@ -79,3 +79,22 @@ def test_the_widest_clone_that_this_cpu_can_run_is_the_one_that_runs(library: Pa
     assert any("ewc_step" in name for name in chosen)
     for name, clone in chosen.items():
         assert clone == next(one for one in runnable if one in has[name]), name
+
+
+@pytest.mark.parametrize(("isa", "register"), [("avx512", "zmm"), ("avx2", "ymm")])
+def test_the_inner_loop_of_sum_grad_power_is_multiply_adds_on_registers(library: Path, isa: str, register: str):
+    """Twelve of them for each position, of whole vectors; none of the vectors is kept on the stack meanwhile.
+
+    There are two micro-kernels for each width: with one number for all lanes, and with one for each.
+    """
+    tiles = disassembly(library, f"tile_{isa}")
+    assert len(tiles) == 2, f"{library} has the micro-kernels {list(tiles)}"
+    for name, body in tiles.items():
+        assert not re.search(r"\sv?(fmadd|mul|add)\w*s[sd]\s", body), f"single numbers in {name}"
+        lines = [line.split("\t", 1)[1] for line in body.splitlines() if "\t" in line]
+        products = [i for i, line in enumerate(lines) if re.match(rf"vfmadd\d+ps .*%{register}", line)]
+        # The loop ends in a jump; the products of the power at the end of a sample come later.
+        loops = [i for i, line in enumerate(lines) if re.match(r"j(ne|nz|b|l|g|a)\w*\s", line) and i > products[0]]
+        loop = lines[products[0] : loops[0]]
+        assert sum(i < loops[0] for i in products) == 12, f"{name}: {loop}"
+        assert not any(re.search(rf"vmov\w+ .*%{register}", line) and "%rsp" in line for line in loop), name

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import zlib
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastewc._dispatch import Impl
 from fastewc.ops.sum_grad_power import reference
-from fastewc.ops.sum_grad_power.api import DTYPES, sum_grad_power
-from fastewc.testing import sum_roundings
+from fastewc.ops.sum_grad_power.api import DTYPES, _out_size, add_conv_grad_power, add_sum_grad_power, sum_grad_power
+from fastewc.testing import op_dtype, sum_roundings
+
+Segments = list[tuple[Tensor, Tensor]]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Case:
 
     def make_inputs(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
         """The same a and g in every dtype: drawn in float64, then rounded."""
-        generator = torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
+        generator = _generator(self.id)
         rows = (self.N,) if self.T is None else (self.N, self.T)
         made = []
         for width in (self.I, self.O):
@@ -72,12 +76,220 @@ class Case:
         return (a.unsqueeze(1), g.unsqueeze(1)) if self.T is None else (a, g)
 
 
+@dataclass(frozen=True)
+class _AddCase:
+    """What is added to a total that holds numbers already; a subclass makes the segments and names the op.
+
+    total: "contiguous", "transposed" (its dimensions in reverse order in memory) or "gaps" (every other element).
+    """
+
+    _: KW_ONLY
+    p: Literal[1, 2] = 2
+    layout: str = "contiguous"
+    total: str = "contiguous"
+    dtypes = DTYPES
+
+    @property
+    def id(self) -> str:
+        """A name for test output: the fields that differ from their defaults."""
+        own = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}-" + "-".join(f"{name}{_word(value)}" for name, value in own)
+
+    def _shapes(self) -> list[tuple[Shape, Shape]]:
+        """Those of a (or x) and g, for each segment."""
+        raise NotImplementedError
+
+    def _weight(self) -> Shape:
+        """The shape of the total."""
+        raise NotImplementedError
+
+    def _add(self, kernels: Any, total: Tensor, segments: Segments, **chosen: Impl) -> None:
+        """The op on these, from the module or class ``kernels``."""
+        raise NotImplementedError
+
+    def make_inputs(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Segments]:
+        """The total and the segments, of the same values in every dtype: drawn in float64, then rounded."""
+        generator = _generator(self.id)
+        total = 4 * torch.rand(*self._weight(), generator=generator, dtype=torch.float64)
+        segments = [
+            [torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in pair]
+            for pair in self._shapes()
+        ]
+        placed = [(_laid_out(a.to(device), self.layout), _laid_out(g.to(device), self.layout)) for a, g in segments]
+        return _laid_out(total.to(device, op_dtype(dtype)), self.total), placed
+
+    def run(self, impl: Impl, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+        """The total with what the op has added."""
+        total, segments = self.make_inputs(dtype, device)
+        self._add(_Api, total, segments, impl=impl)
+        return [total]
+
+    def oracle(self, dtype: torch.dtype) -> list[Tensor]:
+        """The float64 reference on the inputs already rounded to ``dtype``."""
+        total, segments = self.make_inputs(dtype)
+        total = total.double()
+        self._add(reference, total, [(a.double(), g.double()) for a, g in segments])
+        return [total]
+
+    def error_scale(self, dtype: torch.dtype) -> list[Tensor]:
+        """The total before, and Σ_n (Σ |g a|)^p: the size of the terms before their signs cancel inside a sample."""
+        total, segments = self.make_inputs(dtype)
+        total = total.double()
+        self._add(reference, total, [(a.double().abs(), g.double().abs()) for a, g in segments])
+        return [total]
+
+    @property
+    def roundings(self) -> float:
+        """As :class:`Case`, T over all segments, and the total as one more term of the sum over N."""
+        shapes = self._shapes()
+        return self.p * sum_roundings(self._positions()) + sum_roundings(shapes[0][0][0] + 1 if shapes else 1)
+
+    def _positions(self) -> int:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SegmentsCase(_AddCase):
+    """Uses of one weight [O, I] by N samples: ``T`` has the positions of each.
+
+    layout: "contiguous", "time_first" (a batch dimension that is not the first in memory), "transposed" (neighbouring
+    features far apart) or "expanded" (samples of a, and positions of g, that are one in memory).
+    """
+
+    N: int
+    T: tuple[int, ...]
+    I: int
+    O: int
+
+    def _shapes(self) -> list[tuple[Shape, Shape]]:
+        return [((self.N, T, self.I), (self.N, T, self.O)) for T in self.T]
+
+    def _weight(self) -> Shape:
+        return (self.O, self.I)
+
+    def make_inputs(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Segments]:
+        """As every case's; what "expanded" makes one is one in memory."""
+        total, segments = super().make_inputs(dtype, device)
+        if self.layout == "expanded":
+            segments = [(a[:1].expand_as(a), g[:, :1].expand_as(g)) for a, g in segments]
+        return total, segments
+
+    def _add(self, kernels: Any, total: Tensor, segments: Segments, **chosen: Impl) -> None:
+        kernels.add_sum_grad_power(total, segments, self.p, **chosen)
+
+    def _positions(self) -> int:
+        return sum(self.T)
+
+
+@dataclass(frozen=True)
+class ConvCase(_AddCase):
+    """A convolution of N samples of C channels to O, of as many dimensions as ``spatial`` and ``kernel`` have.
+
+    layout: "contiguous", "channels_last" or "transposed"; segments: how often the weight is used, each time on inputs
+    that are one longer.
+    """
+
+    N: int
+    C: int
+    O: int
+    spatial: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+    segments: int = 1
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of the op."""
+        dims = len(self.kernel)
+        wide = {name: (getattr(self, name),) * dims for name in ("stride", "padding", "dilation")}
+        return {**wide, "groups": self.groups}
+
+    def _shapes(self) -> list[tuple[Shape, Shape]]:
+        settings = self.settings
+        del settings["groups"]
+        made = []
+        for longer in range(self.segments):
+            spatial = tuple(size + longer for size in self.spatial)
+            out = _out_size(spatial, self.kernel, **settings)
+            made.append(((self.N, self.C, *spatial), (self.N, self.O, *out)))
+        return made
+
+    def _weight(self) -> Shape:
+        return (self.O, self.C // self.groups, *self.kernel)
+
+    def _add(self, kernels: Any, total: Tensor, segments: Segments, **chosen: Impl) -> None:
+        kernels.add_conv_grad_power(total, segments, self.p, **self.settings, **chosen)
+
+    def _positions(self) -> int:
+        return sum(math.prod(out[2:]) for _, out in self._shapes())
+
+
+class _Api:
+    """The public functions, to be named beside the reference's."""
+
+    add_sum_grad_power = staticmethod(add_sum_grad_power)
+    add_conv_grad_power = staticmethod(add_conv_grad_power)
+
+
+def _generator(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+
+def _word(value: object) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _laid_out(values: Tensor, layout: str) -> Tensor:
+    """The same values in another order in memory."""
+    dims = range(values.ndim)
+    match layout:
+        case "time_first":
+            order = [1, 0, *dims[2:]]
+        case "channels_last":
+            order = [0, *dims[2:], 1]
+        case "transposed":
+            order = [*reversed(dims)]
+        case "gaps":
+            return torch.stack([values, torch.full_like(values, math.nan)], dim=-1)[..., 0]
+        case _:
+            return values
+    return values.permute(order).contiguous().permute([order.index(d) for d in dims])
+
+
 _SIZES: tuple[tuple[int, int | None, int, int], ...] = (
     (1, None, 1, 1), (17, None, 33, 5), (130, None, 17, 10), (0, None, 3, 4), (5, None, 0, 4), (5, None, 4, 0),
     (1, 1, 1, 1), (3, 17, 5, 33), (17, 3, 33, 130), (2, 130, 17, 4), (4, 0, 3, 2), (33, 2, 7, 1),
+    (300, 1, 65, 67), (5, 4, 129, 31), (2, 300, 64, 12),
 )  # fmt: skip
 
-CASES: list[Case] = [
+CASES: list[Case | SegmentsCase | ConvCase] = [
     *(Case(*size, p=p) for size in _SIZES for p in (1, 2)),
     *(Case(*size, p=p, spread="decades") for size in (_SIZES[1], _SIZES[7]) for p in (1, 2)),
-]
+    # A weight that is used more than once, in memory of every order.
+    *(SegmentsCase(5, (3, 1, 17), 19, 33, p=p) for p in (1, 2)),
+    SegmentsCase(3, (), 4, 5),
+    SegmentsCase(9, (1, 1), 40, 7, total="transposed"),
+    SegmentsCase(4, (7, 0), 17, 33, layout="time_first", total="gaps"),
+    SegmentsCase(6, (5,), 33, 18, layout="transposed", total="transposed", p=1),
+    SegmentsCase(7, (1,), 70, 13, layout="transposed"),
+    SegmentsCase(4, (6, 2), 21, 9, layout="expanded"),
+    SegmentsCase(40, (1,), 21, 9, layout="expanded", p=1),
+    # Convolutions: three dimensions, every setting, sizes that do not divide.
+    *(ConvCase(3, 5, 7, (11,), (3,), stride=2, padding=1, p=p) for p in (1, 2)),
+    ConvCase(2, 3, 4, (10,), (4,), dilation=3, total="transposed"),
+    *(ConvCase(3, 6, 9, (7, 8), (3, 3), padding=1, p=p) for p in (1, 2)),
+    ConvCase(2, 3, 33, (14, 15), (7, 7), stride=2, padding=3),
+    ConvCase(5, 65, 13, (2, 2), (3, 3), padding=1, p=1),
+    ConvCase(4, 33, 18, (5, 5), (1, 1), stride=2, layout="channels_last"),
+    ConvCase(2, 8, 12, (6, 7), (3, 2), stride=2, padding=2, dilation=2, groups=4, layout="channels_last"),
+    ConvCase(3, 9, 9, (5, 6), (3, 3), padding=1, groups=9, p=1),
+    ConvCase(2, 3, 12, (6, 6), (3, 3), groups=3, layout="transposed", total="gaps"),
+    ConvCase(2, 4, 6, (6, 5), (3, 2), padding=1, groups=2, segments=2, total="transposed"),
+    ConvCase(9, 4, 6, (3, 3), (3, 3), p=1),
+    ConvCase(2, 3, 5, (4, 5, 6), (3, 2, 1), stride=2, padding=1, dilation=2, p=1),
+    ConvCase(2, 6, 4, (3, 4, 3), (2, 2, 2), groups=2, layout="channels_last"),
+    ConvCase(0, 3, 4, (5, 5), (3, 3)),
+]  # fmt: skip

@@ -1,12 +1,18 @@
 """The specification of sum_grad_power, sample by sample.
 
-Shapes: N samples, T positions that share the weight, I inputs, O outputs of a weight [O, I].
+Letters: N samples, T positions that share the weight, I inputs, O outputs; of a convolution C channels and K kernel
+positions, with any number of spatial dimensions.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+Segments = Sequence[tuple[Tensor, Tensor]]
 
 
 def sum_grad_power(a_NTI: Tensor, g_NTO: Tensor, p: int) -> Tensor:
@@ -14,9 +20,66 @@ def sum_grad_power(a_NTI: Tensor, g_NTO: Tensor, p: int) -> Tensor:
 
     Computed and returned in float32; in float64 for float64 inputs.
     """
-    dtype = torch.float64 if a_NTI.dtype == torch.float64 else torch.float32
+    dtype = _arithmetic(a_NTI)
     total_OI = torch.zeros(g_NTO.shape[-1], a_NTI.shape[-1], dtype=dtype, device=a_NTI.device)
-    for a_TI, g_TO in zip(a_NTI.to(dtype), g_NTO.to(dtype), strict=True):
-        gradient_OI = g_TO.T @ a_TI
-        total_OI += gradient_OI.abs() if p == 1 else gradient_OI.square()
+    add_sum_grad_power(total_OI, [(a_NTI, g_NTO)], p)
     return total_OI
+
+
+def add_sum_grad_power(total_OI: Tensor, segments: Segments, p: int) -> None:
+    """Add Σ_n |Σ_s Σ_t g_s[n,t,o] a_s[n,t,i]|^p: a sample's gradient is the sum over all uses s of the weight."""
+    for n in range(_samples(segments)):
+        gradient_OI = torch.zeros_like(total_OI)
+        for a_NTI, g_NTO in segments:
+            dtype = _arithmetic(a_NTI)
+            gradient_OI += g_NTO[n].to(dtype).T @ a_NTI[n].to(dtype)
+        total_OI += gradient_OI.abs() if p == 1 else gradient_OI.square()
+
+
+def add_conv_grad_power(
+    total: Tensor,
+    segments: Segments,
+    p: int,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """Add Σ_n |Σ_s ∂L_n/∂weight|^p of y_s = F.convNd(x_s, weight, None, stride, padding, dilation, groups), g = ∂L/∂y.
+
+    ``total`` is [O, C/groups, *kernel], x_s [N, C, *spatial], g_s [N, O, *out].
+    """
+    for n in range(_samples(segments)):
+        gradient = torch.zeros(total.shape, dtype=total.dtype, device=total.device)
+        for x, g in segments:
+            patches = _patches(x[n].to(total.dtype), total.shape[2:], g.shape[2:], stride, padding, dilation)
+            T, I, O = math.prod(g.shape[2:]), math.prod(total.shape[1:]), total.shape[0] // groups
+            g_gOT, patches_gIT = g[n].to(total.dtype).reshape(groups, O, T), patches.reshape(groups, I, T)
+            gradient += (g_gOT @ patches_gIT.mT).reshape(total.shape)
+        total += gradient.abs() if p == 1 else gradient.square()
+
+
+def _patches(
+    x: Tensor,
+    kernel: Sequence[int],
+    out: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """x[c, t·stride + k·dilation − padding] of one sample, what weight k meets at t: [C, *kernel, *out]."""
+    sides = [side for amount in reversed(padding) for side in (amount, amount)]  # F.pad begins at the last dimension
+    padded = torch.nn.functional.pad(x, sides).contiguous()
+    channel, *steps = padded.stride()
+    along_kernel = [step * d for step, d in zip(steps, dilation, strict=True)]
+    along_out = [step * s for step, s in zip(steps, stride, strict=True)]
+    return padded.as_strided((x.shape[0], *kernel, *out), (channel, *along_kernel, *along_out))
+
+
+def _samples(segments: Segments) -> int:
+    return segments[0][0].shape[0] if segments else 0
+
+
+def _arithmetic(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32

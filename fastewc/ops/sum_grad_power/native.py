@@ -1,0 +1,67 @@
+"""sum_grad_power in C++ (CPU) and CUDA C++: csrc/sum_grad_power. ``_dispatch.choose`` has loaded the library before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastewc.ops.sum_grad_power.schema import SCHEMAS
+
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"fastewc::{_name}", _schema)
+
+
+@torch.library.register_fake("fastewc::add_sum_grad_power")  # type: ignore[untyped-decorator]
+def _(*_: object) -> None:
+    pass
+
+
+@torch.library.register_fake("fastewc::add_conv_grad_power")  # type: ignore[untyped-decorator]
+def _(*_: object) -> None:
+    pass
+
+
+_add_sum_grad_power = torch.ops.fastewc.add_sum_grad_power.default
+_add_conv_grad_power = torch.ops.fastewc.add_conv_grad_power.default
+Segments = Sequence[tuple[Tensor, Tensor]]
+
+
+_matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+#: Samples whose powers are formed at a time where one position is a product of matrices.
+_ROWS = 4096
+
+
+def add_sum_grad_power(total_OI: Tensor, segments: Segments, p: int) -> None:
+    """See ``reference.py`` for the equation."""
+    if len(segments) == 1 and segments[0][0].shape[1] == 1 and total_OI.device.type == "cpu":
+        a_NI, g_NO = (t[:, 0] for t in segments[0])
+        # A user may let torch multiply float32 in less; here it stays float32.
+        if a_NI.dtype == total_OI.dtype and _matmul.fp32_precision in ("none", "ieee"):
+            # |g a|^p = |g|^p |a|^p: for one position the sum is a plain product, and no loop of ours beats the BLAS.
+            for start in range(0, len(a_NI), _ROWS):
+                rows = slice(start, start + _ROWS)
+                total_OI.addmm_(_powers(g_NO[rows], p).T, _powers(a_NI[rows], p))
+            return
+    _add_sum_grad_power(total_OI, [a for a, _ in segments], [g for _, g in segments], p)
+
+
+def _powers(values: Tensor, p: int) -> Tensor:
+    return values.abs() if p == 1 else values.square()
+
+
+def add_conv_grad_power(
+    total: Tensor,
+    segments: Segments,
+    p: int,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """See ``reference.py`` for the equation."""
+    _add_conv_grad_power(
+        total, [x for x, _ in segments], [g for _, g in segments], p, stride, padding, dilation, groups
+    )

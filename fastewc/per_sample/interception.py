@@ -1,0 +1,228 @@
+"""What happens to a torch function that meets a stand-in of a parameter."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastewc.per_sample.layout import broadcasts
+from fastewc.per_sample.proxy import Operand, Picked, Proxy, found_proxies, replaced, tensors_in
+
+#: Functions that move entries of their first argument, and do not change, mix or repeat them.
+MOVES = frozenset(
+    {
+        "t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "view", "view_as", "reshape",
+        "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "chunk", "split", "split_with_sizes",
+        "tensor_split", "unsafe_chunk", "unsafe_split", "unbind", "narrow", "select", "__getitem__", "T", "mT",
+    }
+)  # fmt: skip
+#: Functions that hand on the same entries, cast or copied.
+CASTS = frozenset(
+    {"to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "cpu", "cuda", "alias"}
+)
+#: Functions that write into their first argument, elementwise; other arguments are broadcast to it.
+FILLS = frozenset(
+    {
+        "add_", "sub_", "mul_", "div_", "multiply_", "divide_", "true_divide_", "subtract_", "copy_", "pow_", "lerp_",
+        "addcmul_", "addcdiv_", "clamp_min_", "clamp_max_", "__setitem__",
+    }
+)  # fmt: skip
+#: Functions whose result is a constant to autograd.
+CONSTANTS = frozenset({"detach", "data", "numpy", "item", "tolist"})
+
+Key = tuple[Any, ...]
+_LONGEST = 500
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """Its name; for the getter of an attribute that of the attribute."""
+    name = getattr(func, "__name__", str(func))
+    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
+
+
+def writes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """True for functions that write into an argument that the caller may go on using."""
+    name = name_of(func)
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name == "__setitem__" or kwargs.get("out") is not None
+
+
+def _no(*_: Any) -> bool:
+    return False
+
+
+@functools.cache
+def opened(func: Callable[..., Any]) -> Callable[..., Any] | None:
+    """A function of torch.nn.functional written in Python, such that we see the functions it calls.
+
+    Its own code, with the answer No to its question whether an argument overrides it; None for everything else.
+    """
+    if not isinstance(func, types.FunctionType) or func.__module__ != F.__name__:
+        return None
+    questions = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _no)
+    inside = types.FunctionType(
+        func.__code__, {**func.__globals__, **questions}, func.__name__, func.__defaults__, func.__closure__
+    )
+    inside.__kwdefaults__ = func.__kwdefaults__
+    return inside
+
+
+class Interception:
+    """Runs functions for proxies. Subclasses say what is batched and what is made of parameters alone."""
+
+    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The function's result."""
+        inside = opened(func)
+        if inside is not None:
+            return inside(*args, **kwargs)
+        if writes(func, kwargs):
+            return self.written(func, args, kwargs)
+        if name_of(func) in CONSTANTS:
+            return func(*_plain(args), **_plain(kwargs))
+        if func is F.scaled_dot_product_attention and not any(isinstance(arg, Proxy) for arg in args[:3]):
+            args, kwargs = self._with_spread_bias(args, kwargs)
+            if not found_proxies((args, kwargs)):
+                return func(*args, **kwargs)
+        proxies = found_proxies((args, kwargs))
+        others = tensors_in((args, kwargs))
+        operands = dict.fromkeys(proxy.operand.key for proxy in proxies)
+        key = (func, tuple(operands), tuple(t.ndim for t in others))
+        return self.decide(key, func, args, kwargs)
+
+    def written(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """A function that writes: what it is given is repeated for the samples first, so that torch can do the rest."""
+        why = f"{name_of(func)} writes into a tensor"
+        target = args[0]
+        if isinstance(target, Proxy) or name_of(func) not in FILLS or kwargs.get("out") is not None:
+            return self.escape(func, args, kwargs, why)
+        place = target.detach()[args[1]] if name_of(func) == "__setitem__" else target.detach()
+        args, kwargs = self.spread((list(args), kwargs), place)
+        if found_proxies((args, kwargs)):
+            return self.escape(func, args, kwargs, why)
+        return func(*args, **kwargs)
+
+    def spread(self, content: Any, place: Tensor) -> Any:
+        """The same with every stand-in expanded to the shape of ``place``, if it broadcasts to that."""
+
+        def change(proxy: Proxy) -> Any:
+            return self.call(Tensor.expand_as, (proxy, place), {}) if broadcasts(proxy.shape, place.shape) else proxy
+
+        return replaced(content, change)
+
+    def decide(self, key: Key, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The result of a function that may give tensors; ``key`` names the call, the same in every run."""
+        raise NotImplementedError
+
+    def _with_spread_bias(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Attention with a bias that is a parameter's: every sample gets its own, so that torch can do the rest."""
+        bound = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+        query, key = bound.get("query"), bound.get("key")
+        if not isinstance(query, Tensor) or not isinstance(key, Tensor):
+            return args, kwargs
+        place = query.detach()[..., :1].expand(*query.shape[:-1], key.shape[-2])
+        return self.spread((list(args), kwargs), place)
+
+    def escape(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], why: str) -> Any:
+        """Leave it to torch: gradients then arrive at the proxies themselves, which shows in the graph."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    def plainly(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The result with the parameters as constants."""
+        return func(*_plain(args), **_plain(kwargs))
+
+    def derived(self, key: Key, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The result for parameters alone: proxies again, for each floating-point tensor in it."""
+        operands = [proxy.operand for proxy in found_proxies((args, kwargs))]
+        with torch.enable_grad():
+            result = func(*_values(args), **_values(kwargs))
+        name = f"{name_of(func)}({', '.join(operand.key for operand in operands)})"
+        if len(name) > _LONGEST:  # of what is made of itself again and again
+            name = hashlib.sha256(name.encode()).hexdigest()
+        moves = len(operands) == 1 and args and isinstance(args[0], Proxy)
+
+        def wrap(tensor: Any, index: int | None) -> Any:
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.requires_grad:
+                return tensor
+            view = _moved(operands[0], func, args, kwargs, tensor, index) if moves else None
+            picked = operands[0].picked if moves else None
+            if moves and view is None and (picked := _picked(operands[0], func, args, kwargs, tensor)) is not None:
+                view = _itself
+            names = tuple(dict.fromkeys(name for operand in operands for name in operand.names))
+            leaves = {name: leaf for operand in operands for name, leaf in operand.leaves.items()}
+            key = name if index is None else f"{name}[{index}]"
+            return Proxy.of(Operand(key, names, tensor, view, leaves, None if view is None else picked), self)
+
+        if isinstance(result, (tuple, list)):
+            return type(result)(wrap(tensor, i) for i, tensor in enumerate(result))
+        return wrap(result, None)
+
+
+def _plain(content: Any) -> Any:
+    return replaced(content, lambda proxy: proxy.operand.plain)
+
+
+def _values(content: Any) -> Any:
+    return replaced(content, lambda proxy: proxy.operand.value)
+
+
+def _moved(
+    source: Operand, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Tensor,
+    index: int | None,
+) -> Callable[[Tensor], Tensor] | None:  # fmt: skip
+    """How to find the result's entries in a tensor of the parameter's shape; None if they are not simply there."""
+    before = source.view
+    if before is None:
+        return None
+    name = name_of(func)
+    if name in CASTS:
+        return before
+    shared = result.untyped_storage().data_ptr() == source.value.untyped_storage().data_ptr()
+    if name not in MOVES or (source.value.numel() and not shared):
+        return None
+
+    def view(whole: Tensor) -> Tensor:
+        found = func(before(whole), *args[1:], **kwargs)
+        part: Tensor = found if index is None else found[index]
+        return part
+
+    return view
+
+
+def _itself(whole: Tensor) -> Tensor:
+    return whole
+
+
+def _picked(
+    source: Operand, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Tensor
+) -> Picked | None:
+    """Rows that were taken out of a table; None if it was something else."""
+    if source.view is None or source.picked is not None or source.value.ndim != 2 or kwargs.get("sparse_grad"):
+        return None
+    name, padding = name_of(func), None
+    ids: Any
+    if name == "embedding":
+        ids, padding, by_frequency = ([*args[1:4], None, None, None])[:3]
+        if by_frequency or kwargs.get("scale_grad_by_freq"):
+            return None
+        padding = kwargs.get("padding_idx", padding)
+    elif name == "__getitem__":
+        ids = torch.tensor(args[1], device=result.device) if isinstance(args[1], list) else args[1]
+    elif name == "index_select" and len(args) == 3 and args[1] in (0, -2):
+        ids = args[2]
+    else:
+        return None
+    V, E = source.value.shape
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64) or result.shape != (*ids.shape, E):
+        return None
+    ids = ids.detach().long()
+    if name == "__getitem__":
+        ids = ids % V
+    return Picked(source, ids, result.detach(), -1 if padding is None else padding)

@@ -1,0 +1,162 @@
+"""Which functions a model calls with its parameters, and where their results have the samples: found by running it.
+
+One run with one sample and one with two: what is as large in both was made of parameters alone, what grows is batched,
+and a dimension that holds samples and something else is read in the order in which the first sample's values are found.
+Nothing is assumed about names, layouts or the order of dimensions; where shapes and values leave a doubt, the
+parameter's gradients are taken sample by sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastewc.per_sample.interception import Interception, Key, name_of
+from fastewc.per_sample.layout import Layout, Unclear, confirmed, layout_of
+from fastewc.per_sample.picking import Picking
+from fastewc.per_sample.proxy import found_proxies, tensors_in
+
+Decision = Layout | Literal["derived"]
+_RUNS = 6
+
+
+@dataclass
+class Plan:
+    """What to do with each call; ``given_up``: parameter -> why it has to go sample by sample."""
+
+    decisions: dict[Key, Decision] = field(default_factory=dict)
+    given_up: dict[str, str] = field(default_factory=dict)
+    uses: dict[str, int] = field(default_factory=dict)  # parameter -> batched calls with it in a forward
+    largest: int = 1  # numbers per sample of the largest operand or result
+
+
+class Planner(Interception):
+    """Watches a model run with one sample (``alone``) and with two, and makes a :class:`Plan`."""
+
+    def __init__(self) -> None:
+        self.plan = Plan()
+        self._samples = 0
+        self._seen: dict[int, dict[Key, list[Any]]] = {1: {}, 2: {}}
+        self._treated: dict[Key, set[bool]] = {}  # as derived or not, in the latest two runs
+        self._names: dict[str, tuple[str, ...]] = {}  # of the parameters behind an operand
+        self._picking = Picking()
+
+    def watch(self, run: Callable[[int], None]) -> Plan:
+        """``run(n)`` runs the model on the first n samples, with proxies in place."""
+        for _ in range(_RUNS):
+            self._treated = {}
+            for samples in (2, 1):
+                self._samples, self._seen[samples] = samples, {}
+                with self._picking:
+                    run(samples)
+            if self._settle():
+                break
+        else:
+            self._give_up(self._seen[1], "the functions that a forward calls depend on the number of samples")
+        for key, calls in self._seen[1].items():
+            if isinstance(self.plan.decisions.get(key), Layout):
+                for name in {name for operand in key[1] for name in self._names[operand]}:
+                    self.plan.uses[name] = self.plan.uses.get(name, 0) + len(calls)
+        return self.plan
+
+    def decide(self, key: Key, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run it, keep what it gave, and go on as far as is known."""
+        result = self.plainly(func, args, kwargs)
+        operands = [proxy.operand for proxy in found_proxies((args, kwargs))]
+        if all(name in self.plan.given_up for operand in operands for name in operand.names):
+            return result
+        if any(tensor in self._picking for tensor in tensors_in((args, kwargs))):
+            for operand in operands:
+                self._refuse(operand.names, f"{name_of(func)} of entries that were picked or sorted by value")
+        if _counts_in_batch(func, args, kwargs):
+            for operand in operands:
+                self._refuse(operand.names, "scale_grad_by_freq counts the ids of a whole batch")
+        tensors = [t for t in tensors_in(result) if t.is_floating_point()]
+        if not tensors:
+            return result
+        given = [t.detach() for t in tensors_in((args, kwargs)) if t.is_floating_point()]
+        self._seen[self._samples].setdefault(key, []).append(([t.detach() for t in tensors], given))
+        decision = self.plan.decisions.get(key)
+        if decision is None:
+            decision = "derived" if self._looks_derived(key, args, kwargs, tensors) else None
+        self._treated.setdefault(key, set()).add(decision == "derived")
+        self._names.update((proxy.operand.key, proxy.operand.names) for proxy in found_proxies((args, kwargs)))
+        return self.derived(key, func, args, kwargs) if decision == "derived" else result
+
+    def escape(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], why: str) -> Any:
+        """Not ours to follow."""
+        for proxy in found_proxies((args, kwargs)):
+            self._refuse(proxy.operand.names, why)
+        return super().escape(func, args, kwargs, why)
+
+    def _looks_derived(self, key: Key, args: Sequence[Any], kwargs: dict[str, Any], results: list[Tensor]) -> bool:
+        """With one sample: as large as with two. Before that a guess: nothing else took part, nothing has its size."""
+        if self._samples == 1:
+            twos, index = self._seen[2].get(key, []), len(self._seen[1][key]) - 1
+            if index < len(twos):
+                return [t.shape for t in twos[index][0]] == [t.shape for t in results]
+        alone = not any(t.is_floating_point() for t in tensors_in((args, kwargs)))
+        return alone and all(self._samples not in t.shape for t in results)
+
+    def _settle(self) -> bool:
+        """Decide every call from the two runs; False if something was treated otherwise than it should have been."""
+        alone, together = self._seen[1], self._seen[2]
+        right = alone.keys() == together.keys()
+        for key in alone.keys() & together.keys():
+            try:
+                decision = self._decided(alone[key], together[key])
+            except Unclear as error:
+                self._give_up({key: None}, f"{name_of(key[0])}: {error}")
+                continue
+            self.plan.decisions[key] = decision
+            right = right and self._treated[key] == {decision == "derived"}
+        return right
+
+    def _decided(self, alone: list[Any], together: list[Any]) -> Decision:
+        if len(alone) != len(together):
+            raise Unclear("it is called more often for more samples")
+        found: set[Decision] = set()
+        for (ones, given), (twos, given_too) in zip(alone, together, strict=True):
+            for one, two in zip(ones, twos, strict=True):
+                layout = layout_of(one.shape, two.shape)
+                if layout is None:
+                    found.add("derived")
+                    continue
+                if len(ones) > 1:
+                    raise Unclear("it gives several batched tensors")
+                self.plan.largest = max(self.plan.largest, one.numel(), *(t.numel() for t in given))
+                found.add(_confirmed(layout, one, two, list(zip(given, given_too, strict=True))))
+        if len(found) != 1:
+            raise Unclear("its results have the samples in different places")
+        return found.pop()
+
+    def _give_up(self, keys: dict[Key, Any], why: str) -> None:
+        for key in keys:
+            self._refuse([name for operand in key[1] for name in self._names[operand]], why)
+
+    def _refuse(self, names: Sequence[str], why: str) -> None:
+        for name in names:
+            self.plan.given_up.setdefault(name, why)
+
+
+def _counts_in_batch(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """True for a lookup whose gradient depends on the other samples' ids."""
+    return func in (torch.embedding, torch.embedding_bag) and bool(
+        kwargs.get("scale_grad_by_freq", args[3] if len(args) > 3 else False)
+    )
+
+
+def _confirmed(layout: Layout, one: Tensor, two: Tensor, given: Sequence[tuple[Tensor, Tensor]]) -> Layout:
+    """By the result's values or, where they say nothing, as with weights of 0, by those of an operand of its form."""
+    try:
+        return confirmed(layout, one, two)
+    except Unclear:
+        dim = layout.dim
+        for before, after in given:
+            if before.ndim == one.ndim and (before.shape[dim], after.shape[dim]) == (one.shape[dim], two.shape[dim]):
+                return confirmed(layout, before, after)
+        raise

@@ -1,0 +1,215 @@
+"""Stand-ins for parameters: every torch function that takes one of them comes to us.
+
+During a pass each trainable parameter's slot in its module holds a :class:`Proxy`. It stays there through backward, so
+that what activation checkpointing recomputes is caught as well. What an op gives is computed by torch itself, with the
+plain weight as a constant: input gradients are torch's own, and nobody computes the ordinary weight gradient. A
+:class:`Tap` on the result hands its gradient to the uses of the parameters, and a gate for each parameter, an input of
+all its taps, fires once the last of them has (the engine of autograd calls a node when all that depends on it is done).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+P = TypeVar("P", bound="Proxy")
+
+
+class Catcher(Protocol):
+    """Who decides what a torch function with proxies among its arguments does."""
+
+    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The result of ``func``."""
+
+
+class Operand:
+    """What a proxy stands for: a parameter, or what was made of parameters alone.
+
+    Attributes:
+        key: the same in every run of the model, e.g. the parameter's name.
+        names: the parameters it was made of.
+        value: the plain tensor. For one that arithmetic made (``view`` is None) it carries the graph to ``leaves``.
+        view: gives the part of a parameter-shaped tensor that this operand is (a transpose, a chunk, a cast: entries
+            are moved, never mixed); None if arithmetic made it.
+        leaves: for arithmetic, by name: the tensors that ``value``'s graph ends in.
+        picked: where it came from, if it is made of rows of a table; ``view`` is then of a tensor like these rows.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        names: tuple[str, ...],
+        value: Tensor,
+        view: Callable[[Tensor], Tensor] | None,
+        leaves: dict[str, Tensor],
+        picked: Picked | None = None,
+    ) -> None:
+        self.key, self.names, self.value, self.view, self.leaves = key, names, value, view, leaves
+        self.picked = picked
+
+    @property
+    def plain(self) -> Tensor:
+        """The value as a constant."""
+        return self.value.detach()
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Rows of a table that every sample picks alike: positions, relative positions."""
+
+    table: Operand  # [V, E], with a view
+    ids: Tensor
+    rows: Tensor  # [*ids.shape, E]
+    padding: int  # an id that gets no gradient
+
+
+class Proxy(Tensor):
+    """A tensor in the place of what was made of parameters."""
+
+    operand: Operand
+    catcher: Catcher
+
+    @classmethod
+    def of(cls: type[P], operand: Operand, catcher: Catcher) -> P:
+        """A leaf on the operand's memory that requires a gradient: one that arrives there escaped us."""
+        proxy: P = torch.Tensor._make_subclass(cls, operand.plain, True)
+        proxy.operand, proxy.catcher = operand, catcher
+        return proxy
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Everything that torch does with a proxy."""
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "__get__":
+            with torch._C.DisableTorchFunctionSubclass():
+                found = func(*args)
+            if not isinstance(found, Tensor) or getattr(func, "__self__", None) is Tensor.data:
+                return found
+        return found_proxies((args, kwargs))[0].catcher.call(func, args, kwargs)
+
+
+class Slot(Proxy, nn.Parameter):
+    """In the place of a parameter itself. Only this is one: a module that is given a parameter keeps it as its own."""
+
+
+def found_proxies(content: Any) -> list[Proxy]:
+    """Every proxy in nested arguments, in order."""
+    return [tensor for tensor in _tensors(content, []) if isinstance(tensor, Proxy)]
+
+
+def tensors_in(content: Any) -> list[Tensor]:
+    """Every tensor in nested arguments that is no proxy, in order."""
+    return [tensor for tensor in _tensors(content, []) if not isinstance(tensor, Proxy)]
+
+
+def _tensors(content: Any, found: list[Tensor]) -> list[Tensor]:
+    if isinstance(content, Tensor):
+        found.append(content)
+    elif isinstance(content, (tuple, list)):
+        for part in content:
+            _tensors(part, found)
+    elif isinstance(content, dict):
+        for part in content.values():
+            _tensors(part, found)
+    return found
+
+
+def replaced(content: Any, change: Callable[[Proxy], Tensor]) -> Any:
+    """The same nested arguments with something else in place of each proxy."""
+    if isinstance(content, Proxy):
+        return change(content)
+    if isinstance(content, tuple) and hasattr(content, "_fields"):
+        return type(content)(*(replaced(part, change) for part in content))
+    if isinstance(content, (tuple, list)):
+        return type(content)(replaced(part, change) for part in content)
+    if isinstance(content, dict):
+        return {key: replaced(part, change) for key, part in content.items()}
+    return content
+
+
+class Slots:
+    """Every place in a module tree that holds one of the parameters.
+
+    Args:
+        proxies: what stands in for a parameter, by id.
+        module: the tree.
+        parameters: the parameters.
+
+    Attributes:
+        shown: the proxies and the parameters: what a gradient arrives at when something escaped us.
+        edges: where it would arrive, for torch.autograd.grad.
+    """
+
+    def __init__(self, proxies: dict[int, Slot], module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        self._proxies, self._module = proxies, module
+        self.shown: list[Tensor] = [*proxies.values(), *parameters]
+        with torch._C.DisableTorchFunctionSubclass():
+            self.edges = [torch.autograd.graph.get_gradient_edge(tensor) for tensor in self.shown]
+        self._places = [
+            (owner._parameters, name, parameter)
+            for owner in module.modules()
+            for name, parameter in owner._parameters.items()
+            if id(parameter) in proxies
+        ]
+
+    @contextmanager
+    def in_place(self) -> Iterator[Slots]:
+        """Inside, the module has the proxies. What a forward makes of them and keeps is taken away again."""
+        attributes = [(owner.__dict__, dict(owner.__dict__)) for owner in self._module.modules()]
+        try:
+            for slots, name, parameter in self._places:
+                slots[name] = self._proxies[id(parameter)]
+            yield self
+        finally:
+            for slots, name, parameter in self._places:
+                slots[name] = parameter
+            for content, before in attributes:
+                for name in [name for name, value in content.items() if isinstance(value, Proxy)]:
+                    if name in before:
+                        content[name] = before[name]
+                    else:
+                        del content[name]
+
+
+class Tap(torch.autograd.Function):
+    """Identity; in backward ``arrive(g, *saved)`` is called with the gradient and the saved tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, arrive: Callable[..., None], gates: int, *tensors: Tensor) -> Tensor:
+        """``tensors``: the gates, then what to save (through save_for_backward, which checkpointing hooks into)."""
+        ctx.arrive, ctx.count = arrive, len(tensors)
+        ctx.save_for_backward(*tensors[gates:])
+        ctx.set_materialize_grads(False)
+        return y.detach()  # no view: an op in place may follow
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """The gradient goes on as it is."""
+        (g,) = grads
+        if g is not None:
+            ctx.arrive(g, *ctx.saved_tensors)
+        return (g, None, None, *([None] * ctx.count))
+
+
+class Gate(torch.autograd.Function):
+    """Calls ``last`` in backward, after every tap it is an input of."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, last: Callable[[], None]) -> Tensor:
+        """A scalar that requires a gradient, and never gets one."""
+        ctx.last = last
+        ctx.set_materialize_grads(False)
+        return leaf.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """Nothing comes, and nothing goes on."""
+        ctx.last()
+        return None, None

@@ -1,0 +1,102 @@
+"""Parameters that are broadcast: scales, shifts, slopes, tables of positions, tokens repeated for every sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastewc.per_sample.layout import broadcasts
+from fastewc.per_sample.rules.base import Call, Use, is_proxy, rule
+from fastewc.per_sample.rules.linear import added
+from fastewc.per_sample.rules.rerun import pointwise
+from fastewc.per_sample.segments import Explicit, Segment, reduced_to, wide
+
+_POINTWISE = (
+    "add", "__add__", "__radd__", "sub", "subtract", "__sub__", "__rsub__", "rsub", "mul", "multiply", "__mul__",
+    "__rmul__", "div", "divide", "true_divide", "__truediv__", "__rtruediv__", "__rdiv__", "pow", "__pow__", "__rpow__",
+    "float_power", "addcmul", "addcdiv", "lerp", "where", "maximum", "minimum", "fmax", "fmin", "clamp", "clip",
+    "clamp_min", "clamp_max", "atan2", "hypot", "xlogy", "logaddexp", "copysign", "masked_fill",
+)  # fmt: skip
+
+
+def _named(*names: str) -> Iterator[Callable[..., Any]]:
+    for name in names:
+        for owner in (torch, Tensor):
+            if callable(found := getattr(owner, name, None)):
+                yield found
+
+
+@rule(*_named(*_POINTWISE))
+def elementwise(call: Call) -> list[Use] | None:
+    """Any function of numbers."""
+    return pointwise(call)
+
+
+@rule(torch.prelu, Tensor.prelu)
+def prelu(call: Call) -> list[Use] | None:
+    """y = x or, where that is negative, w · x; one slope, or one for each channel."""
+    x, weight = call.bound("input", "weight")
+    if is_proxy(x) or x.ndim < 2:
+        return None
+    shape = (weight.numel(), *([1] * (x.ndim - 2))) if weight.numel() > 1 else (1,)
+
+    def segment(g: Tensor, x: Tensor) -> Segment:
+        product = wide(g) * x.clamp_max(0)
+        return Explicit(reduced_to(call.split(product), shape).reshape(call.samples, *weight.shape))
+
+    return [Use(weight.operand, (x,), segment)]
+
+
+def _two(call: Call) -> tuple[Any, Any] | None:
+    """The operands of a function of two; None if there is a factor between them, or both are proxies."""
+    if len(call.args) != 2 or call.kwargs:
+        return None
+    left, right = call.args
+    return None if is_proxy(left) and is_proxy(right) else (left, right)
+
+
+@rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+def add(call: Call) -> list[Use] | None:
+    """Y = x + w: nothing has to be kept."""
+    operands = _two(call)
+    return pointwise(call) if operands is None else [added(call, one.operand) for one in operands if is_proxy(one)]
+
+
+@rule(torch.sub, Tensor.sub, Tensor.__sub__)
+def sub(call: Call) -> list[Use] | None:
+    """Y = x − w, or w − x; the sign of a gradient does not matter where its power is taken, but in a sum it does."""
+    operands = _two(call)
+    if operands is None:
+        return pointwise(call)
+    left, right = operands
+    return [added(call, left.operand)] if is_proxy(left) else [added(call, right.operand, -1.0)]
+
+
+@rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+def mul(call: Call) -> list[Use] | None:
+    """Y = x · w."""
+    operands = _two(call)
+    if operands is None:
+        return pointwise(call)
+    weight, x = operands if is_proxy(operands[0]) else operands[::-1]
+    if not isinstance(x, Tensor):
+        return None
+
+    def segment(g: Tensor, x: Tensor) -> Segment:
+        product = wide(g) * x
+        return Explicit(reduced_to(call.split(product), weight.shape))
+
+    return [Use(weight.operand, (x,), segment)]
+
+
+@rule(*_named("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"))
+def expand(call: Call) -> list[Use] | None:
+    """A parameter repeated for every sample, such as a class token."""
+    weight = call.args[0]
+    if not is_proxy(weight):
+        return None
+    # Repeated as a whole or entry by entry: that is all the same where a dimension has a single entry.
+    return [added(call, weight.operand)] if broadcasts(weight.shape, call.result.shape) else None

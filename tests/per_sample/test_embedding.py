@@ -1,0 +1,134 @@
+"""Tables: embeddings and bags, alone and together with other uses of the same rows."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.per_sample.checking import Lambda, assert_exact, floats, ids, weight
+
+
+def table(**options):
+    return nn.Sequential(nn.Embedding(9, 4, **options), nn.Tanh())
+
+
+def bag(**options):
+    return nn.EmbeddingBag(9, 4, **options)
+
+
+ZOO = {
+    "rows": (table, ids(9, 6, 5)),
+    "one id for each sample": (table, ids(9, 6)),
+    "ids of two dimensions": (table, ids(9, 6, 2, 3)),
+    "one row": (lambda: nn.Sequential(nn.Embedding(1, 4), nn.Tanh()), ids(1, 6, 3)),
+    "padding_idx": (lambda: table(padding_idx=2), ids(4, 6, 5)),
+    "negative padding_idx": (lambda: table(padding_idx=-9), ids(4, 6, 5)),
+    "sparse": (lambda: table(sparse=True), ids(9, 6, 5)),
+    "by frequency": (lambda: table(scale_grad_by_freq=True), ids(3, 6, 5)),
+    "time first": (
+        lambda: Lambda(lambda m, x: m.e(x.T).transpose(0, 1).tanh(), e=nn.Embedding(9, 4)), ids(9, 6, 5),
+    ),
+    "flattened": (
+        lambda: Lambda(lambda m, x: m.e(x.flatten()).view(*x.shape, 4).tanh(), e=nn.Embedding(9, 4)), ids(9, 6, 5),
+    ),
+    "indexed": (lambda: Lambda(lambda m, x: m.w[x].tanh(), w=weight(9, 4)), ids(9, 6, 5)),
+    "indexed from the end": (lambda: Lambda(lambda m, x: m.w[x - 9].tanh(), w=weight(9, 4)), ids(9, 6, 5)),
+    "a vector indexed": (lambda: Lambda(lambda m, x: m.w[x].tanh(), w=weight(9)), ids(9, 6, 5)),
+    "index_select": (
+        lambda: Lambda(lambda m, x: m.w.index_select(0, x.flatten()).view(*x.shape, 4), w=weight(9, 4)), ids(9, 6, 5),
+    ),
+    "looked up twice": (lambda: Lambda(lambda m, x: m.e(x) * m.e(x // 2), e=nn.Embedding(9, 4)), ids(9, 6, 5)),
+    "scaled": (lambda: Lambda(lambda m, x: m.e(x) * 3 + m.e.weight.mean(0), e=nn.Embedding(9, 4)), ids(9, 6, 5)),
+    "bag of means": (bag, ids(9, 6, 5)),
+    "bag of sums": (lambda: bag(mode="sum", padding_idx=1), ids(9, 6, 5)),
+    "bag of maxima": (lambda: bag(mode="max"), ids(9, 6, 5)),
+    "positions that start later": (
+        lambda: Lambda(lambda m, x: m.e(x) + m.p(torch.arange(x.shape[1]) + 2), e=nn.Embedding(9, 4),
+                       p=nn.Embedding(9, 4)), ids(9, 6, 5),
+    ),
+    "positions with padding_idx": (
+        lambda: Lambda(lambda m, x: (m.e(x) + m.p(torch.tensor([3, 1, 1, 0, 3]))).tanh(), e=nn.Embedding(9, 4),
+                       p=nn.Embedding(9, 4, padding_idx=1)), ids(9, 6, 5),
+    ),
+    "one table of ids and positions": (
+        lambda: Lambda(lambda m, x: (m.e(x) * m.e(torch.arange(x.shape[1]))).tanh(), e=nn.Embedding(9, 4)),
+        ids(9, 6, 5),
+    ),
+}  # fmt: skip
+OP = {
+    "a vector indexed": {"w"},
+    "scaled": {"e.weight"},
+    "bag of means": {"weight"},
+    "bag of sums": {"weight"},
+    "bag of maxima": {"weight"},
+}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_table(name):
+    make, inputs = ZOO[name]
+    slow = {"0.weight"} if name == "by frequency" else ()
+    assert_exact(make().double().eval(), inputs(), op=OP.get(name, ()), slow=slow)
+
+
+def test_rows_that_are_renormed():
+    model = table(max_norm=0.5).double().eval()
+    model(torch.arange(9))  # the forward changes the table: here, before anything is compared
+    assert_exact(model, ids(9, 6, 5)())
+
+
+class Tied(nn.Module):
+    """Embedding and head with one table, tied in one of three ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.wte, self.mix, self.how = nn.Embedding(11, 4, padding_idx=0), nn.Linear(4, 4), how
+        if how == "module":
+            self.head = nn.Linear(4, 11, bias=False)
+            self.head.weight = self.wte.weight
+
+    def forward(self, x):
+        h = torch.tanh(self.mix(self.wte(x)))
+        if self.how == "module":
+            return self.head(h)
+        return F.linear(h, self.wte.weight) if self.how == "functional" else h @ self.wte.weight.T
+
+
+@pytest.mark.parametrize("explicit", [1, 1 << 24])
+@pytest.mark.parametrize("how", ["module", "functional", "transposed"])
+def test_tied_table(how, explicit, monkeypatch):
+    monkeypatch.setattr("fastewc.per_sample.segments.EXPLICIT", explicit)
+    x = torch.randint(0, 11, (6, 5))
+    x[0] = x[0, 0]
+    x[1] = 0
+    assert_exact(Tied(how).double().eval(), x)
+
+
+def test_a_tied_table_is_never_formed_for_each_sample(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("explicit gradients of a whole table")
+
+    monkeypatch.setattr("fastewc.per_sample.segments.Rows.rows", refuse)
+    monkeypatch.setattr("fastewc.per_sample.segments.Outer.rows", refuse)
+    assert_exact(Tied("module").double().eval(), ids(11, 6, 5)())
+
+
+def test_a_tied_table_where_both_uses_cancel():
+    # y = (w[x] − w) · 1 on the rows that x names: the gradient of these is 0, and roundings must not make it negative.
+    model = Lambda(lambda m, x: m.w[x].sum(1) - x.new_ones(len(x), 1, dtype=m.w.dtype) @ m.w[:1], w=weight(2, 3))
+    assert_exact(model.double().eval(), torch.zeros(4, 1, dtype=torch.long))
+
+
+def test_ids_of_a_table_that_is_also_a_matrix_elsewhere():
+    model = Lambda(lambda m, x: F.embedding(x, m.w) @ m.w[:4, :4], w=weight(9, 4))
+    assert_exact(model.double().eval(), ids(9, 6, 3)())
+
+
+def test_three_kinds_of_use_of_one_table():
+    model = Lambda(lambda m, x: (F.linear(F.embedding(x, m.w) * m.w[2], m.w)).tanh(), w=weight(9, 4))
+    assert_exact(model.double().eval(), ids(9, 6, 3)())
+
+
+def test_embedded_floats():
+    model = Lambda(lambda m, x: m.e((x > 0).long()).sum(-2), e=nn.Embedding(2, 3))
+    assert_exact(model.double().eval(), floats(6, 5)().double())
