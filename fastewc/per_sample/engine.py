@@ -18,7 +18,7 @@ from fastewc.per_sample.rules import RULES, Call, Use, rerun
 from fastewc.per_sample.segments import Outer, Pulled, Rows, Segment, Within, add_explicitly, add_tied
 
 #: Bytes that the largest activation of a part of a batch may have on a CPU: what its caches hold.
-CACHED = 8 << 20
+CACHED = 16 << 20
 #: Samples at a time where an op is differentiated once for each of them.
 RERUN = 8
 

@@ -22,9 +22,9 @@ if interpreter.INTERPRETED:  # they make CPU tensors
     test_equal_maxima = general.test_equal_maxima_have_equal_gradients
     test_largest_values = general.test_largest_finite_values_do_not_overflow_the_softmax
 
-# Rows that a tile of 32 divides into two or more, and one long enough for lanes to see many maxima.
-LONG = ("softmax-5x1025-tied15",)
-TILED = [case for case in CASES if case.output == "softmax" and (case.shape[-1] in (33, 130) or case.id in LONG)]
+# Rows that a tile of 32 divides into two, of every spread, and one long enough for lanes to see many maxima.
+_TILED = ("17x33-normal", "17x33-decades", "17x33-equal", "17x33-confident15", "17x33-tied20", "5x1025-tied15")
+TILED = [case for case in CASES if case.id.removeprefix("softmax-") in _TILED]
 
 
 def affordable(case: Case) -> bool:

@@ -22,6 +22,8 @@ WAYS = [
     ConvCase(9, 6, 4, (7, 8), (3, 3), padding=1, groups=2), ConvCase(9, 6, 12, (7, 8), (3, 3), padding=1, groups=6),
     ConvCase(9, 3, 4, (3, 4, 5), (2, 2, 2), stride=2, padding=1, p=1),
 ]  # fmt: skip
+# Interpreted, p = 1 where no other case has p = 2: they differ in one function.
+AFFORDABLE = [case for case in CASES if not (interpreter.INTERPRETED and case.p == 1 and replace(case, p=2) in CASES)]
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +51,7 @@ def check(case, dtype: torch.dtype) -> list[Tensor]:
 
 
 @needs_kernels
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", AFFORDABLE, ids=lambda case: case.id)
 def test_the_cases(case):
     for dtype in case.dtypes:
         check(case, dtype)
@@ -57,7 +59,7 @@ def test_the_cases(case):
 
 @needs_kernels
 @pytest.mark.parametrize("case", WAYS, ids=lambda case: case.id)
-@pytest.mark.parametrize("processors", [1, 3, 1000])
+@pytest.mark.parametrize("processors", [3, 1000])
 def test_samples_are_shared_among_programs(op, case, processors: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(op, "processors", lambda device: processors)
     monkeypatch.setattr(op, "_STEPS", 1)
@@ -80,8 +82,9 @@ def test_shares_are_whole_samples_and_fill_the_device(op):
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kernel", [(1,), (3,)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "kernel"), [(torch.float32, (1,)), (torch.bfloat16, (1,)), (torch.bfloat16, (3,))], ids=str
+)
 def test_sizes_that_vectors_divide_and_layouts(op, dtype: torch.dtype, kernel: tuple[int, ...]):
     """16-bit operands may be copied, their channels side by side; the result is the same."""
     case = ConvCase(3, 32, 16, (9, 16), kernel * 2, padding=kernel[0] // 2)
@@ -102,11 +105,9 @@ def test_sizes_that_vectors_divide_and_layouts(op, dtype: torch.dtype, kernel: t
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_uses_of_several_sizes(dims: int, groups: int):
-    for p in (1, 2):
-        case = ConvCase(
-            3, 4, 4, (4, 5, 6)[:dims], (2, 3, 1)[:dims], padding=1, stride=2, groups=groups, segments=3, p=p
-        )
-        check(case, torch.float32)
+    size, kernel = (4, 5, 6)[:dims], (2, 3, 1)[:dims]
+    p = 1 + (dims + groups) % 2
+    check(ConvCase(3, 4, 4, size, kernel, padding=1, stride=2, groups=groups, segments=3, p=p), torch.float32)
 
 
 @needs_kernels

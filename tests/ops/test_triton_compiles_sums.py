@@ -2,6 +2,8 @@
 
 No register spills; 16-bit products, and on AMD's cards all, are on tensor cores, float32 ones in IEEE arithmetic; loads
 are wide and, on NVIDIA's cards, asynchronous, and the loop over samples does not wait for one product before the next.
+All variants are compiled for sm_90. For the other targets those that contain the rest: three dimensions where two have
+the same tile, both kinds of sums of a sample in 16 bits, products of squares.
 """
 
 import multiprocessing
@@ -33,11 +35,13 @@ LINEAR = _WIDE | {"x_c": 1, "g_o": 1, "total_c": 1}
 CHANNELS_LAST = _WIDE | {"x_c": 1, "g_o": 1, "total_k": 1}
 CONTIGUOUS = _WIDE | {"x_c": 16, "x_w": 1, "g_o": 16, "g_t": 1, "T": 16, "total_k": 1, "spread": 1}
 ODD = {"x_w": 1, "g_t": 1, "total_k": 1}
-# dtype, p, dimensions, T, single: long samples, short ones, T = 1.
+# dtype, p, dimensions, T, single: long samples, short ones, T = 1; and what others contain.
 TILES = [
-    *((torch.bfloat16, 2, dims, 1024, False) for dims in (0, 2, 3)),
-    (torch.float32, 2, 2, 1024, False), (torch.bfloat16, 1, 2, 10, False), (torch.float32, 1, 0, 10, False),
-    (torch.bfloat16, 1, 0, 1024, True), (torch.float32, 2, 0, 1024, True), (torch.float64, 2, 0, 1024, False),
+    *((torch.bfloat16, 2, dims, 1024, False) for dims in (0, 3)), (torch.float32, 2, 2, 1024, False),
+    (torch.bfloat16, 1, 2, 10, False), (torch.float32, 2, 0, 1024, True), (torch.float64, 2, 0, 1024, False),
+]  # fmt: skip
+CONTAINED = [
+    (torch.bfloat16, 2, 2, 1024, False), (torch.float32, 1, 0, 10, False), (torch.bfloat16, 1, 0, 1024, True),
 ]  # fmt: skip
 ROWS = [
     (torch.bfloat16, 10), (torch.float32, 32_768), (torch.float32, 200_000), (torch.float64, 8192),
@@ -59,19 +63,20 @@ def vars_of(kernel: str) -> list[str]:
 def jobs() -> list[Job]:
     made = []
     for target, generation in GENERATIONS.items():
-        for dtype, p, dims, T, single in TILES:
+        every = target == "sm_90"
+        for dtype, p, dims, T, single in TILES + CONTAINED * every + CONTAINED[:1] * (target == "sm_100"):
             constants = sums.tiles_specialisation(dtype, p, dims, (768, 768, T), single, True, generation)
             made.append(job(target, "tiles", constants, CHANNELS_LAST if dims else LINEAR, dtype))
         constants = sums.tiles_specialisation(torch.bfloat16, 2, 0, (768, 768, 784), False, True, generation)
         made.append(job(target, "tiles", constants, CONTIGUOUS, torch.bfloat16))  # kernels of one position
-        for dtype, dims in ((torch.bfloat16, 0), (torch.bfloat16, 2), (torch.float32, 2)):
+        for dtype, dims in ((torch.bfloat16, 2), (torch.float32, 2), (torch.bfloat16, 0))[: 2 + every]:
             constants = sums.tiles_specialisation(dtype, 2, dims, (5000, 147, 1023), False, False, generation)
             made.append(job(target, "tiles", constants, ODD if dims else {"x_c": 1, "g_o": 1}, dtype))
         for dtype, channels_last in ((torch.bfloat16, True), (torch.float32, False), (torch.float64, True)):
             constants = sums.channels_specialisation(dtype, 2, 2, (256, 9, 784), channels_last, generation)
             known = CHANNELS_LAST | {"spread": 1} if channels_last else CONTIGUOUS
             made.append(job(target, "channels", constants, known, dtype))
-        for dtype, C in ROWS:
+        for dtype, C in ROWS[not every :]:
             constants = norm.specialisation(dtype, C, TARGETS[target].backend)
             kernel = "_long_row" if constants["BLOCK"] < C else "_whole_rows"
             made.append(job(target, kernel, constants, {"C": 16}, dtype))

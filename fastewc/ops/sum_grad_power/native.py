@@ -30,7 +30,7 @@ Segments = Sequence[tuple[Tensor, Tensor]]
 
 _matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 #: Samples whose powers are formed at a time where one position is a product of matrices.
-_ROWS = 4096
+_ROWS = 1024
 
 
 def add_sum_grad_power(total_OI: Tensor, segments: Segments, p: int) -> None:
