@@ -201,7 +201,9 @@ class PerSampleSums(Interception):
             result, func = whole[index], _part_of(func, index)
         if not decision.fits(result.shape, self._samples):
             raise Unforeseen
-        uses = self._uses(Call(func, args, kwargs, result, decision, self._samples))
+        call = Call(func, args, kwargs, result, decision, self._samples)
+        uses = self._uses(call)
+        call.forget()
         tapped = self._tapped(result, uses)
         return tapped if index is None else (*whole[:index], tapped, *whole[index + 1 :])
 
@@ -243,11 +245,13 @@ class PerSampleSums(Interception):
                     saved.append(tensor)
                 places[-1].append(index)
 
+        kept = [(use.operand, use.segment, own) for use, own in zip(uses, places, strict=True)]  # not what they save
+
         def arrive(g: Tensor, *tensors: Tensor) -> None:
-            for use, own in zip(uses, places, strict=True):
-                segment = use.segment(g, *(tensors[i] for i in own))
-                for name in use.operand.names:
-                    self._waiting.setdefault(name, []).append((use.operand, segment))
+            for operand, make, own in kept:
+                segment = make(g, *(tensors[i] for i in own))
+                for name in operand.names:
+                    self._waiting.setdefault(name, []).append((operand, segment))
             for name in single:
                 self._arrived(name)
 

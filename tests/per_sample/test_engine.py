@@ -1,6 +1,7 @@
 """What lies around the layers: checkpoints, escapes, routing by value, dtypes, labels, what a pass leaves behind."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -460,3 +461,25 @@ def test_the_copy_of_a_model_during_a_pass_is_not_needed_after_it():
     mas_importance(model, [TOKENS().double()])
     twin = copy.deepcopy(model)
     assert_within_roundings(twin(torch.ones(1, 4).double()), model(torch.ones(1, 4).double()).detach(), roundings=0)
+
+
+def test_results_are_kept_no_longer_than_torch_keeps_them():
+    """The result of a layer whose successor does not save it is free again, during the forward."""
+    held = []
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.out = nn.Linear(4, 123), nn.Linear(123, 3)
+
+        def forward(self, x):
+            hidden = self.wide(x)
+            memory, shape = hidden.data_ptr(), hidden.shape
+            active = hidden.relu()  # saves its own result
+            del hidden
+            found = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == shape]
+            held.append(sum(t.data_ptr() == memory for t in found))
+            return self.out(active)
+
+    fisher_importance(Model(), [(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))])
+    assert held[-1] == 0

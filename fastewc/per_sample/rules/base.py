@@ -22,9 +22,13 @@ class Use:
     segment: Callable[..., Segment]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
-    """A torch function with batched operands and at least one proxy; ``layout`` is that of its result."""
+    """A torch function with batched operands and at least one proxy; ``layout`` is that of its result.
+
+    ``args``, ``kwargs`` and ``result`` are there while a rule looks at the call. A segment, made in backward, gets what
+    its use has saved: anything else it held on to would stay in memory, checkpoints or not.
+    """
 
     func: Callable[..., Any]
     args: Sequence[Any]
@@ -32,6 +36,11 @@ class Call:
     result: Tensor
     layout: Layout
     samples: int
+
+    def forget(self) -> None:
+        """Let go of the tensors."""
+        self.args, self.kwargs = (), {}
+        del self.result
 
     def bound(self, *names: str) -> tuple[Any, ...]:
         """The arguments by position or name; None for one that is absent."""
