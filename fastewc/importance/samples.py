@@ -95,11 +95,14 @@ class SampleMeasure:
             self._add(waiting.batch())
 
     def _capacity(self, batch: Batch) -> int:
-        """How many samples to collect. On a GPU the batch's size is the user's choice, and so is what forward gets."""
+        """How many samples to collect: a few megabytes of the largest activation, so that memory stays that of a batch.
+
+        On a GPU the batch's size is the user's choice, and so is what a forward of theirs gets.
+        """
         cpu = next(iter(self._parameters.values())).device.type == "cpu"
         if not cpu or self._foreign or self._whole is None or not self._whole.planned or self.by_sample(batch):
             return 0
-        return min(self._whole.chunk(), max(1, _JOINED_BYTES // max(1, Joined.bytes_of(batch))))
+        return min(self._whole.chunk() // 4, _JOINED_BYTES // max(1, Joined.bytes_of(batch)))
 
     def _add(self, batch: Batch) -> None:
         engine = self._whole
