@@ -14,15 +14,26 @@ _TOLERANCE, _TOLERANCE_NARROW = 0.03, 0.2
 
 
 def refuse_mixing(module: nn.Module, first: Evaluated, whole: Evaluated, what: str) -> None:
-    """Compare the first sample's output in company with its output alone; ValueError if they clearly differ.
+    """ValueError if :func:`mixes`."""
+    if mixes(module, first, whole):
+        raise ValueError(
+            f"{what}: the forward mixes samples: the first sample's output is another in a batch of {whole.size} than "
+            "alone, so it has no gradient of its own. Look for statistics over the batch (batch_norm with "
+            "training=True, a mean over dimension 0), or for batch_dim; keep the samples apart, or give batches of one "
+            "sample"
+        )
 
-    Outputs that are not one tensor with one entry per sample, or of another size alone, tell nothing and pass.
+
+def mixes(module: nn.Module, first: Evaluated, whole: Evaluated) -> bool:
+    """True if the first sample's output in its batch clearly differs from its output alone.
+
+    Outputs that are not one tensor with one entry per sample, or of another size alone, tell nothing.
     """
     together, alone = logits_or_raw(whole.raw), logits_or_raw(first.raw)
-    if whole.size < 2 or not (isinstance(together, Tensor) and together.is_floating_point()):
-        return
-    if not isinstance(alone, Tensor):
-        return
+    if whole.size < 2 or not isinstance(alone, Tensor):
+        return False
+    if not (isinstance(together, Tensor) and together.is_floating_point()):
+        return False
     for dim in {whole.batch_dim, 0}:
         if together.ndim <= dim or together.shape[dim] != whole.size:
             continue
@@ -32,14 +43,8 @@ def refuse_mixing(module: nn.Module, first: Evaluated, whole: Evaluated, what: s
         typical = together.double().nan_to_num(0.0, 0.0, 0.0).norm().item() / whole.size**0.5
         difference = (same.double() - alone.double()).nan_to_num(0.0, 0.0, 0.0).norm().item()
         narrow = together.dtype.itemsize < 4 or computes_narrow(module, together.device)
-        if difference > (_TOLERANCE_NARROW if narrow else _TOLERANCE) * typical:
-            raise ValueError(
-                f"{what}: the forward mixes samples: the first sample's output is another in a batch of {whole.size} "
-                "than alone, so it has no gradient of its own. Look for statistics over the batch (batch_norm with "
-                "training=True, a mean over dimension 0), or for batch_dim; keep the samples apart, or give batches of "
-                "one sample"
-            )
-        return
+        return bool(difference > (_TOLERANCE_NARROW if narrow else _TOLERANCE) * typical)
+    return False
 
 
 def computes_narrow(module: nn.Module, device: torch.device) -> bool:

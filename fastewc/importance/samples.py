@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastewc._dispatch import Impl
 from fastewc.importance.batches import Batch, Joined
 from fastewc.importance.evaluate import Evaluated, Evaluator
+from fastewc.importance.mixing import mixes
 from fastewc.per_sample import BatchOneSums, PerSampleSums, Term, Unforeseen, zeros_for
 
 _JOINED_BYTES = 1 << 26  # of a joined batch at most
@@ -100,8 +101,10 @@ class SampleMeasure:
         On a GPU the batch's size is the user's choice, and so is what a forward of theirs gets.
         """
         cpu = next(iter(self._parameters.values())).device.type == "cpu"
-        if not cpu or self._foreign or self._whole is None or not self._whole.planned or self.by_sample(batch):
+        if not cpu or self._foreign or self._whole is None or self.by_sample(batch):
             return 0
+        if not self._whole.planned:
+            return 2  # two batches of one sample, to find out from
         return min(self._whole.chunk() // 4, _JOINED_BYTES // max(1, Joined.bytes_of(batch)))
 
     def _add(self, batch: Batch) -> None:
@@ -109,7 +112,10 @@ class SampleMeasure:
         if engine is None or batch.size == 1 or self.by_sample(batch):
             return self._add_singly(batch, self._parameters.keys())
         if not engine.planned:
-            self.watch(batch)
+            seen = self.watch(batch)  # of the first look there was only one sample
+            if seen is not None and mixes(self._evaluator.module, *seen):
+                self._whole = None
+                return self._add_singly(batch, self._parameters.keys())
         start, count = 0, -(-batch.size // engine.chunk())
         for part in range(count):
             stop = batch.size * (part + 1) // count

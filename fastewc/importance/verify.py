@@ -58,7 +58,7 @@ def compare_with_single_samples(
         rewind()
         for index in (0, 1):
             singly.add(batch.rows(index, index + 1))
-        singly.finish()
+            singly.finish()  # or it would wait for the next one
         rewind()
     differences = {name: _distance(value, singly.sums[name]) for name, value in together.sums.items()}
     limit = _TOLERANCE_NARROW if narrow else _TOLERANCE

@@ -738,3 +738,26 @@ def test_cut_of_time_major_batches_by_max_samples():
     got = fisher_importance(net(), [(x, y)], batch_dim=1, max_samples=3)
     same(got, fisher_importance(net(), [(x[:, :3].transpose(0, 1), y[:, :3].T)]))
     assert got.num_samples == 3
+
+
+@pytest.mark.parametrize("importance", [fisher_importance, mas_importance])
+def test_batches_of_one_sample_are_joined(importance):
+    x, y = xy()
+    got = importance(net(), [(x[i : i + 1], y[i : i + 1]) for i in range(len(x))])
+    same(got, importance(net(), [(x, y)]))
+    assert {path for path, _ in got.report.values()} == {"fused"}
+
+
+def test_batches_of_one_sample_are_not_joined_where_the_forward_would_mix_them():
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x):
+            return self.net(x - 0.5 * x.mean(0))
+
+    x, y = xy()
+    got = fisher_importance(Mixing(), [(x[i : i + 1], y[i : i + 1]) for i in range(len(x))])
+    same(got.rename({n: n[4:] for n in got}), fisher_importance(net(), [(x / 2, y)]))
+    assert {path for path, _ in got.report.values()} == {"batch-1"}
