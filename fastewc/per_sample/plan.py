@@ -9,6 +9,7 @@ parameter's gradients are taken sample by sample.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,7 +52,7 @@ class Planner(Interception):
             self._treated = {}
             for samples in (2, 1):
                 self._samples, self._seen[samples] = samples, {}
-                with self._picking:
+                with self._picking if samples == 2 else nullcontext():
                     run(samples)
             if self._settle():
                 break
