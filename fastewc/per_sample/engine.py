@@ -125,7 +125,13 @@ class PerSampleSums(Interception):
                 if not term.value.requires_grad:
                     continue
                 self.reached = True
-                escaped |= self._backward(term, slots)
+                try:
+                    escaped |= self._backward(term, slots)
+                except Unforeseen as error:  # too late to begin anew: something has been added
+                    raise RuntimeError(
+                        "a checkpoint computes in backward what the forward did not. Use impl='reference', which takes "
+                        "every sample by itself"
+                    ) from error
         return escaped
 
     def _stand_ins(self, catcher: Interception) -> Slots:
