@@ -101,24 +101,23 @@ class PerSampleSums(Interception):
 
     # ---- one batch ----
 
-    def add(self, forward: Callable[[], Iterable[Term]], samples: int) -> set[str]:
+    def add(self, forward: Callable[[], Iterable[Term]], samples: int) -> None:
         """Add the terms, sums over ``samples`` samples whose gradients do not touch each other.
 
         Args:
             forward: runs the model and gives the terms one by one; a term's weight is 1.
             samples: N, in the places where the plan has found them.
 
-        Returns:
-            Parameters that a use escaped with: nothing has been added to theirs, now or ever after.
+        A parameter that a use escapes with is given up: nothing is added to its sum, now or ever after.
 
         Raises:
             Unforeseen: before anything was added.
+            RuntimeError: a use escapes, or a checkpoint changes its mind, after something was added.
         """
         self._samples, self._gates, self._made, self._waiting = samples, {}, {}, {}
         self._root = torch.zeros((), device=next(iter(self._parameters.values())).device, requires_grad=True)
         self._leaves = [self._root]
         self._slots = self._slots or self._stand_ins(self)
-        escaped: set[str] = set()
         with self._slots.in_place() as slots:
             for term in forward():
                 self.terms += 1
@@ -126,13 +125,12 @@ class PerSampleSums(Interception):
                     continue
                 self.reached = True
                 try:
-                    escaped |= self._backward(term, slots)
+                    self._backward(term, slots)
                 except Unforeseen as error:  # too late to begin anew: something has been added
                     raise RuntimeError(
                         "a checkpoint computes in backward what the forward did not. Use impl='reference', which takes "
                         "every sample by itself"
                     ) from error
-        return escaped
 
     def _stand_ins(self, catcher: Interception) -> Slots:
         proxies: dict[int, Slot] = {}
@@ -144,34 +142,33 @@ class PerSampleSums(Interception):
             proxy.__dict__.update({k: v for k, v in p.__dict__.items() if k not in proxy.__dict__})
         return Slots(proxies, self._module, [p for p in self._parameters.values() if id(p) in proxies])
 
-    def _backward(self, term: Term, slots: Slots) -> set[str]:
-        escaped: set[str] = set()
+    def _backward(self, term: Term, slots: Slots) -> None:
         reached: list[Tensor] = []
         if not self._walked:  # before anything is added
             nodes = list(graph_nodes(term.value))
             reached = graph_leaves(nodes)
-            escaped = self._escaped(reached)
+            self._escaped(reached)
             self._at_end = any(node.name() == REENTRANT for node in nodes)
             self._walked = True
         if self._at_end:
             with empty_gradients(self._module, [*reached, *slots.shown], foreign=self._foreign) as others:
                 torch.autograd.backward(term.value, term.seed, retain_graph=term.keep_graph)
-                escaped |= self._escaped([leaf for leaf in others if leaf.grad is not None])
+                self._escaped([leaf for leaf in others if leaf.grad is not None])
             for name in list(self._waiting):
                 self._finish(name)
-            return escaped
+            return
+        known = set(self.given_up)
         inputs = [*slots.edges, *map(torch.autograd.graph.get_gradient_edge, self._leaves)]
         grads = torch.autograd.grad(
             term.value, inputs, grad_outputs=term.seed, retain_graph=term.keep_graph, allow_unused=True
         )
-        late = self._escaped([t for t, grad in zip(slots.shown, grads, strict=False) if grad is not None]) - escaped
+        late = self._escaped([t for t, grad in zip(slots.shown, grads, strict=False) if grad is not None]) - known
         if late:
             raise RuntimeError(
                 f"the model uses {', '.join(sorted(late))} in a batch as it did not in the batch before, in a way that "
                 "no torch function shows (the parameter itself, or a custom Function). Use impl='reference', which "
                 "takes every sample by itself, or exclude= these parameters"
             )
-        return escaped
 
     def _escaped(self, leaves: Iterable[Tensor]) -> set[str]:
         """Parameters that torch would differentiate by itself: something used them behind our back."""

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastewc import fisher_importance
 from fastewc.testing import assert_within_roundings, sum_roundings
-from tests.per_sample.checking import assert_importance, batches, floats, naive
+from tests.per_sample.checking import Cube, assert_importance, batches, floats, naive
 
 
 def mlp(dtype=torch.float64, out=3):
@@ -242,19 +242,6 @@ class Attention(nn.Module):
     def forward(self, x):
         h = torch.cat([self.cls.expand(len(x), -1, -1), x], 1).transpose(0, 1)
         return self.out(self.mha(h, h, h)[0].mean(0) * self.scale)
-
-
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return (x @ w.T) ** 3
-
-    @staticmethod
-    def backward(ctx, g):
-        x, w = ctx.saved_tensors
-        d = 3 * (x @ w.T) ** 2 * g
-        return d @ w, d.flatten(0, -2).T @ x.flatten(0, -2)
 
 
 class Custom(nn.Module):

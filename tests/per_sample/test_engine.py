@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from fastewc import fisher_importance, mas_importance
 from fastewc.testing import assert_within_roundings
 from tests.per_sample.checking import (
+    Cube,
     Lambda,
     assert_exact,
     assert_importance,
@@ -71,17 +72,12 @@ def test_checkpoint_of_the_first_layer(reentrant):
 # ── uses that nobody shows, and functions without a rule ──
 
 
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return (x @ w.T) ** 3
-
-    @staticmethod
-    def backward(ctx, g):
-        x, w = ctx.saved_tensors
-        d = 3 * (x @ w.T) ** 2 * g
-        return d @ w, d.flatten(0, -2).T @ x.flatten(0, -2)
+def test_custom_function_with_many_backwards():
+    model = Lambda(lambda m, x: m.out(Cube.apply(m.a(x), m.w)), a=nn.Linear(4, 4), w=weight(3, 4), out=nn.Linear(3, 3))
+    model, x = model.double().eval(), TOKENS().double()[:, 0]
+    got = fisher_importance(model, [x], labels="expected")
+    assert_importance(got, fisher_importance(model, [x], labels="expected", impl="reference"))
+    assert got.report["w"][0] == "batch-1"
 
 
 def test_custom_function():
