@@ -149,8 +149,12 @@ class Fisher(SampleMeasure):
 
     def check_evaluated(self, seen: Evaluated) -> None:
         """Output and target fit each other and hold N samples."""
-        check_batch_dimension(seen, seen.output)
+        self.check_samples(seen)
         self._check(seen.output, seen.target)
+
+    def check_samples(self, seen: Evaluated) -> None:
+        """The output holds N samples."""
+        check_batch_dimension(seen, seen.output)
 
     def _check(self, output: Tensor, target: Tensor | None) -> None:
         self._likelihood.check_output(output)

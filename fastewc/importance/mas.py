@@ -88,12 +88,16 @@ class Mas(SampleMeasure):
         self._impl: Impl = impl
 
     def check_evaluated(self, seen: Evaluated) -> None:
+        """The target fits an output that :meth:`check_samples` passes."""
+        self.check_samples(seen)
+        self._check_target(seen.output, seen.target)
+
+    def check_samples(self, seen: Evaluated) -> None:
         """The output holds N samples, and for the softmax a class dimension."""
         output = seen.output
         check_batch_dimension(seen, output)
         if output.ndim < 2 and self._output == "softmax":
             raise ValueError(f"output='softmax' wants an output [N, ..., C], got shape {tuple(output.shape)}")
-        self._check_target(output, seen.target)
 
     def _check_target(self, output: Tensor, target: Tensor | None) -> None:
         partly = target is not None and bool(ignored(target).any())

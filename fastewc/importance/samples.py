@@ -48,8 +48,11 @@ class SampleMeasure:
         )
 
     def check_evaluated(self, seen: Evaluated) -> None:
-        """Raise if an evaluated batch can't be right."""
+        """Raise if an evaluated batch can't be right: all that :meth:`check_samples` and :meth:`terms` look at."""
         raise NotImplementedError
+
+    def check_samples(self, seen: Evaluated) -> None:
+        """Raise if the output has lost the samples of a batch; what else could be wrong, :meth:`terms` sees."""
 
     def terms(self, seen: Evaluated) -> Iterator[Term]:
         """The gradients to take for an evaluated batch: each a sum over its samples, of weight 1 if these are many."""
@@ -136,7 +139,7 @@ class SampleMeasure:
 
         def forward() -> Iterator[Term]:
             seen = self._evaluator(part)
-            self.check_evaluated(seen)
+            self.check_samples(seen)
             return self.terms(seen)
 
         for _ in range(2):

@@ -7,13 +7,14 @@ through every operation from where they come up until they are put back into a r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastewc.per_sample.proxy import all_tensors
 
 #: Operations whose result is as long as values say.
 _COUNTING = frozenset(
@@ -49,8 +50,8 @@ class Picking(TorchDispatchMode):
         result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         inputs = args[:1] if name in _PUTTING else (args, kwargs)
-        if _picks(name, args, kwargs) or any(tensor in self._picked for tensor in _tensors(inputs)):
-            for tensor in _tensors(result):
+        if _picks(name, args, kwargs) or any(tensor in self._picked for tensor in all_tensors(inputs)):
+            for tensor in all_tensors(result):
                 self._picked[tensor] = True
         return result
 
@@ -66,13 +67,3 @@ def _picks(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     place = 2 if name == "topk" else 1
     dim = args[place] if len(args) > place and type(args[place]) is int else kwargs.get("dim", -1)
     return bool(args[0].ndim < 2 or dim % args[0].ndim != args[0].ndim - 1)
-
-
-def _tensors(content: Any) -> Iterator[Tensor]:
-    if isinstance(content, Tensor):
-        yield content
-    elif isinstance(content, (tuple, list)):
-        for part in content:
-            yield from _tensors(part)
-    elif isinstance(content, dict):
-        yield from _tensors(list(content.values()))

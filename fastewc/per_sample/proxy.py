@@ -101,24 +101,30 @@ class Slot(Proxy, nn.Parameter):
 
 def found_proxies(content: Any) -> list[Proxy]:
     """Every proxy in nested arguments, in order."""
-    return [tensor for tensor in _tensors(content, []) if isinstance(tensor, Proxy)]
+    return [tensor for tensor in all_tensors(content) if isinstance(tensor, Proxy)]
 
 
 def tensors_in(content: Any) -> list[Tensor]:
     """Every tensor in nested arguments that is no proxy, in order."""
-    return [tensor for tensor in _tensors(content, []) if not isinstance(tensor, Proxy)]
+    return [tensor for tensor in all_tensors(content) if not isinstance(tensor, Proxy)]
 
 
-def _tensors(content: Any, found: list[Tensor]) -> list[Tensor]:
+def all_tensors(content: Any) -> list[Tensor]:
+    """Every tensor in nested arguments, in order."""
+    found: list[Tensor] = []
+    _gather(content, found)
+    return found
+
+
+def _gather(content: Any, found: list[Tensor]) -> None:
     if isinstance(content, Tensor):
         found.append(content)
     elif isinstance(content, (tuple, list)):
         for part in content:
-            _tensors(part, found)
+            _gather(part, found)
     elif isinstance(content, dict):
         for part in content.values():
-            _tensors(part, found)
-    return found
+            _gather(part, found)
 
 
 def replaced(content: Any, change: Callable[[Proxy], Tensor]) -> Any:
