@@ -37,6 +37,9 @@ FILLS = frozenset(
 #: Functions whose result is a constant to autograd.
 CONSTANTS = frozenset({"detach", "data", "numpy", "item", "tolist"})
 
+#: Products of a tensor with a matrix.
+_FOLDING = frozenset({F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__})
+
 Key = tuple[Any, ...]
 _LONGEST = 500
 
@@ -136,6 +139,10 @@ class Interception:
 
     def plainly(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The result with the parameters as constants."""
+        if func in _FOLDING and len(args) > 1 and isinstance(args[1], Proxy) and args[1].ndim == 2:
+            x = args[0]
+            # As for a weight that needs a gradient: of a constant, torch would make a batch of copies instead.
+            args = [x.contiguous() if isinstance(x, Tensor) and x.ndim > 2 else x, *args[1:]]
         return func(*_plain(args), **_plain(kwargs))
 
     def derived(self, key: Key, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
