@@ -8,29 +8,87 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <new>
+#include <utility>
+#include <vector>
 
 namespace fastewc {
+
+// Work space that a thread gives back and gets again: fresh pages from the system cost more than what is done in them.
+class Shelf {
+ public:
+  static Shelf& of_this_thread() {
+    thread_local Shelf shelf;
+    return shelf;
+  }
+
+  // At least so many bytes; `bytes` becomes how many there are.
+  void* take(size_t& bytes) {
+    auto found = blocks_.end();
+    for (auto block = blocks_.begin(); block != blocks_.end(); ++block) {
+      if (block->bytes >= bytes && (found == blocks_.end() || block->bytes < found->bytes)) {
+        found = block;
+      }
+    }
+    if (found == blocks_.end()) {
+      return ::operator new(bytes, ALIGNED);
+    }
+    void* data = found->data;
+    bytes = found->bytes;
+    kept_ -= found->bytes;
+    blocks_.erase(found);
+    return data;
+  }
+
+  void give_back(void* data, size_t bytes) {
+    if (kept_ + bytes > MOST) {
+      ::operator delete(data, ALIGNED);
+      return;
+    }
+    kept_ += bytes;
+    blocks_.push_back({data, bytes});
+  }
+
+  ~Shelf() {
+    for (const Block& block : blocks_) {
+      ::operator delete(block.data, ALIGNED);
+    }
+  }
+
+ private:
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+  static constexpr size_t MOST = 8 << 20;
+  static constexpr std::align_val_t ALIGNED{64};
+  std::vector<Block> blocks_;
+  size_t kept_ = 0;
+};
 
 // Memory for whole vectors; not initialised.
 template <typename M>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t size)
-      : data_(static_cast<M*>(::operator new(std::max<int64_t>(size, 1) * sizeof(M), std::align_val_t(64)))) {}
+  explicit Buffer(int64_t size) : bytes_(std::max<int64_t>(size, 1) * sizeof(M)) {
+    data_ = static_cast<M*>(Shelf::of_this_thread().take(bytes_));
+  }
+  Buffer(Buffer&& other) noexcept : bytes_(other.bytes_), data_(std::exchange(other.data_, nullptr)) {}
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(Buffer&&) = delete;
+  ~Buffer() {
+    if (data_ != nullptr) {
+      Shelf::of_this_thread().give_back(data_, bytes_);
+    }
+  }
   M* get() const {
-    return data_.get();
+    return data_;
   }
 
  private:
-  struct Delete {
-    void operator()(M* data) const {
-      ::operator delete(data, std::align_val_t(64));
-    }
-  };
-  std::unique_ptr<M, Delete> data_;
+  size_t bytes_ = 0;
+  M* data_ = nullptr;
 };
 
 template <typename M>

@@ -3,6 +3,7 @@
 // fastewc/ops/sum_grad_power/reference.py is the specification, schema.py beside it has the schemas.
 // Here tensors are checked and become a Problem (problem_cpu.h); strips_cpu.h cuts it up for the micro-kernel of
 // tile_cpu.h, whose inputs pack_cpu.h packs.
+#include "amx_cpu.h"
 #include "strips_cpu.h"
 
 #include <string>
@@ -41,6 +42,16 @@ void dispatch(const Tensor& total, const std::vector<Tensor>& a, const std::vect
   });
 }
 
+void check_linear(const Tensor& total, const std::vector<Tensor>& a, const std::vector<Tensor>& g) {
+  for (size_t i = 0; i < a.size(); ++i) {
+    STD_TORCH_CHECK(
+        a[i].dim() == 3 && g[i].dim() == 3 && a[i].size(0) == a[0].size(0) && g[i].size(0) == a[0].size(0) &&
+            a[i].size(1) == g[i].size(1) && a[i].size(2) == total.size(1) && g[i].size(2) == total.size(0),
+        "sum_grad_power: wanted a [N, T, I] and g [N, T, O] for a total [O, I], given ", shape_of(a[i]), " and ",
+        shape_of(g[i]), " for ", shape_of(total));
+  }
+}
+
 void check_conv(
     const Tensor& total, const Tensor& x, const Tensor& g, int64_t samples, const std::vector<int64_t>& stride,
     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
@@ -66,10 +77,57 @@ double cycles(int64_t positions, int64_t lanes, int64_t rows, bool dense) {
   return panels * (padded_rows + 20 + (dense ? 10 : 25) * padded_rows / passed) + padded_rows;
 }
 
+#ifdef FASTEWC_AMX
+// One side of all uses, a or g [N, T, channels].
+amx::Channels channels_of(const std::vector<Tensor>& tensors, int64_t step_in_total) {
+  amx::Channels side{tensors[0].size(2), step_in_total, {}};
+  for (const Tensor& t : tensors) {
+    const View view = View::sequence(t);
+    side.sources.push_back({view.data, view.dtype, view.sample, view.channel, offsets(view.space, view.stride, ONCE)});
+    side.ahead = t.size(1) <= amx::STEP ? view.sample : amx::STEP * view.stride[2];
+  }
+  return side;
+}
+
+// True if the matrix unit has done it.
+bool added_by_amx(const Tensor& total, const std::vector<Tensor>& a, const std::vector<Tensor>& g, Power power) {
+  if (isa() != Isa::amx) {
+    return false;
+  }
+  amx::Products products{channels_of(g, total.stride(0)), channels_of(a, total.stride(1)), a[0].size(0), 0, power, false};
+  for (const Tensor& t : a) {
+    products.positions += t.size(1);
+  }
+  products.one_position = products.positions == 1;
+  if (products.positions == 0 || !amx::worthwhile(products)) {
+    return false;
+  }
+  if (products.one_position) { // the samples are its positions
+    for (auto* side : {&products.rows, &products.columns}) {
+      for (auto& source : side->sources) {
+        source.position = offsets({{1, 1, source.position.empty() ? 0 : products.samples}}, {0, 0, source.sample}, ONCE);
+        side->ahead = amx::STEP * source.sample;
+      }
+    }
+  }
+  if (total.stride(0) < total.stride(1)) {
+    std::swap(products.rows, products.columns);
+  }
+  amx::add(products, a[0].scalar_type() == ScalarType::BFloat16, static_cast<float*>(total.mutable_data_ptr()));
+  return true;
+}
+#endif
+
 void add_sum_grad_power_cpu(Tensor total, std::vector<Tensor> a, std::vector<Tensor> g, int64_t p) {
   const Power power = power_of(p);
   STD_TORCH_CHECK(total.dim() == 2, "sum_grad_power: wanted a total [O, I], given ", shape_of(total));
   dispatch(total, a, g, [&]<typename M>(M) {
+    check_linear(total, a, g);
+#ifdef FASTEWC_AMX
+    if (std::is_same_v<M, float> && added_by_amx(total, a, g, power)) {
+      return;
+    }
+#endif
     Problem problem;
     const int64_t positions = a[0].size(0) * a[0].size(1);
     const bool exchange = cycles<M>(positions, total.size(1), total.size(0), total.stride(1) == 1) <
@@ -86,11 +144,6 @@ void add_sum_grad_power_cpu(Tensor total, std::vector<Tensor> a, std::vector<Ten
       problem.total_row.push_back(r * total.stride(exchange ? 0 : 1));
     }
     for (size_t i = 0; i < a.size(); ++i) {
-      STD_TORCH_CHECK(
-          a[i].dim() == 3 && g[i].dim() == 3 && a[i].size(0) == problem.samples && g[i].size(0) == problem.samples &&
-              a[i].size(1) == g[i].size(1) && a[i].size(2) == total.size(1) && g[i].size(2) == total.size(0),
-          "sum_grad_power: wanted a [N, T, I] and g [N, T, O] for a total [O, I], given ", shape_of(a[i]), " and ",
-          shape_of(g[i]), " for ", shape_of(total));
       if (a[i].size(1) == 0) {
         continue;
       }
@@ -167,10 +220,18 @@ void add_conv_grad_power_cpu(
   });
 }
 
+bool has_matrix_unit() {
+  return isa() == Isa::amx;
+}
+
 } // namespace
 } // namespace fastewc
 
 STABLE_TORCH_LIBRARY_IMPL(fastewc, CPU, m) {
   m.impl("add_sum_grad_power", TORCH_BOX(&fastewc::add_sum_grad_power_cpu));
   m.impl("add_conv_grad_power", TORCH_BOX(&fastewc::add_conv_grad_power_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastewc, CompositeExplicitAutograd, m) {
+  m.impl("has_matrix_unit", TORCH_BOX(&fastewc::has_matrix_unit));
 }

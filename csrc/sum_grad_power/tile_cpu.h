@@ -8,7 +8,15 @@
 
 #include "../common.h"
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <string_view>
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace fastewc {
 
@@ -111,6 +119,52 @@ FASTEWC_INLINE void tile(const TileJob<M>& given) {
   }
 }
 
+// Instructions that the inner loops may use, each level with those before it.
+enum class Isa { baseline, avx2, avx512, amx };
+
+#if defined(__x86_64__) && !defined(FASTEWC_NO_CPU_CLONES)
+#if defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#define FASTEWC_AMX 1
+inline bool amx_is_there() {
+  constexpr int REQUEST = 0x1023, TILE_DATA = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: the system has to agree
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("amx-bf16") &&
+      syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+#else
+inline bool amx_is_there() {
+  return false;
+}
+#endif
+
+inline Isa isa_of_this_machine() {
+  return !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ? Isa::baseline
+      : !__builtin_cpu_supports("avx512f")                                 ? Isa::avx2
+      : !amx_is_there()                                                    ? Isa::avx512
+                                                                           : Isa::amx;
+}
+#else
+inline Isa isa_of_this_machine() {
+  return Isa::baseline;
+}
+#endif
+
+// The machine's best, or FASTEWC_MAX_CPU_ISA if that is less.
+inline Isa isa() {
+  static const Isa chosen = [] {
+    const char* most = std::getenv("FASTEWC_MAX_CPU_ISA");
+    const std::string_view named = most == nullptr ? "amx" : most;
+    constexpr std::string_view names[] = {"baseline", "avx2", "avx512", "amx"};
+    for (int level = 0; level < 4; ++level) {
+      if (named == names[level]) {
+        return std::min(isa_of_this_machine(), static_cast<Isa>(level));
+      }
+    }
+    STD_TORCH_CHECK(false, "FASTEWC_MAX_CPU_ISA: wanted baseline, avx2, avx512 or amx, given ", most);
+  }();
+  return chosen;
+}
+
 // The micro-kernel for this machine, and how many lanes its tiles have.
 template <typename M>
 struct Machine {
@@ -139,10 +193,10 @@ template <typename M>
 Machine<M> machine_of_this_process() {
 #if defined(__x86_64__) && !defined(FASTEWC_NO_CPU_CLONES)
   if constexpr (std::is_same_v<M, float>) {
-    if (__builtin_cpu_supports("avx512f")) {
+    if (isa() >= Isa::avx512) {
       return {32, tile_avx512<false>, tile_avx512<true>};
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    if (isa() == Isa::avx2) {
       return {16, tile_avx2<false>, tile_avx2<true>};
     }
   }

@@ -29,6 +29,8 @@ _PUTTING = frozenset(
      "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_", "masked_scatter",
      "masked_scatter_"}
 )  # fmt: skip
+#: Operations that may be the first to pick.
+_PICKING = _COUNTING | _SORTING | {"repeat_interleave", "index"}
 
 
 class Picking(TorchDispatchMode):
@@ -49,6 +51,8 @@ class Picking(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
+        if name not in _PICKING and not len(self._picked):
+            return result
         inputs = args[:1] if name in _PUTTING else (args, kwargs)
         if _picks(name, args, kwargs) or any(tensor in self._picked for tensor in all_tensors(inputs)):
             for tensor in all_tensors(result):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +29,11 @@ _add_conv_grad_power = torch.ops.fastewc.add_conv_grad_power.default
 Segments = Sequence[tuple[Tensor, Tensor]]
 
 
+@functools.cache
+def _has_matrix_unit() -> bool:
+    return bool(torch.ops.fastewc.has_matrix_unit.default())
+
+
 _matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 #: Samples whose powers are formed at a time where one position is a product of matrices.
 _ROWS = 1024
@@ -35,11 +41,13 @@ _ROWS = 1024
 
 def add_sum_grad_power(total_OI: Tensor, segments: Segments, p: int) -> None:
     """See ``reference.py`` for the equation."""
-    if len(segments) == 1 and segments[0][0].shape[1] == 1 and total_OI.device.type == "cpu":
+    one_position = len(segments) == 1 and segments[0][0].shape[1] == 1
+    if one_position and total_OI.device.type == "cpu" and not _has_matrix_unit():
         a_NI, g_NO = (t[:, 0] for t in segments[0])
         # A user may let torch multiply float32 in less; here it stays float32.
         if a_NI.dtype == total_OI.dtype and _matmul.fp32_precision in ("none", "ieee"):
-            # |g a|^p = |g|^p |a|^p: for one position the sum is a plain product, and no loop of ours beats the BLAS.
+            # |g a|^p = |g|^p |a|^p: for one position the sum is a plain product, and no vector loop of ours beats the
+            # BLAS.
             for start in range(0, len(a_NI), _ROWS):
                 rows = slice(start, start + _ROWS)
                 total_OI.addmm_(_powers(g_NO[rows], p).T, _powers(a_NI[rows], p))

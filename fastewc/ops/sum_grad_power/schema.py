@@ -9,4 +9,5 @@ SCHEMAS = {
         "(Tensor(a!) total, Tensor[] x, Tensor[] g, int p, "
         "int[] stride, int[] padding, int[] dilation, int groups) -> ()"
     ),
+    "has_matrix_unit": "() -> bool",  # of the CPU: Intel AMX
 }
