@@ -77,22 +77,23 @@ class Evaluated:
         return found
 
     def counted(self, output: Tensor, *, elementwise: bool = False) -> Tensor | None:
-        """Which positions count: a bool mask of ``output.shape[:-1]`` (elementwise: of ``output.shape``), None for all.
+        """Which positions count: a bool mask of ``output.shape[:-1]`` (elementwise: of ``output.shape``), None if all do.
 
         A target of that shape (elementwise: or of ``output.shape[:-1]``) decides by != −100; without one an
         attention_mask of ``output.shape[:-1]`` by != 0.
         """
         positions = output.shape[:-1]
         target, mask = self.target, self.attention_mask
-        if elementwise and target is not None and target.shape == output.shape:
-            return ~ignored(target)
-        if target is not None and target.shape == positions:
+        entries = elementwise and target is not None and target.shape == output.shape
+        if target is not None and (entries or target.shape == positions):
             keep = ~ignored(target)
         elif mask is not None and mask.shape == positions:
             keep = mask != 0
         else:
             return None
-        return keep.unsqueeze(-1).expand(output.shape) if elementwise else keep
+        if bool(keep.all()):
+            return None
+        return keep.unsqueeze(-1).expand(output.shape) if elementwise and not entries else keep
 
 
 def logits_or_raw(raw: Any) -> Any:

@@ -188,7 +188,7 @@ class Fisher(SampleMeasure):
             target = seen.target.reshape(-1) if counted is None else seen.target[counted]
         else:
             target = self._likelihood.predicted(rows.detach())
-        yield Term(self._likelihood.negative_log(rows, target).sum())
+        yield Term(*self._likelihood.term(rows, target))
 
     def by_sample(self, batch: Batch) -> bool:
         """Rows of a batch follow each other sample by sample only where samples are the first dimension."""

@@ -39,6 +39,10 @@ class Likelihood:
         """−log p(y) of each row (up to a constant), [K]."""
         raise NotImplementedError
 
+    def term(self, rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(value, seed): the gradient of Σ seed ⊙ value is that of −log p(y) over all rows."""
+        return self.negative_log(rows, target).sum(), None
+
     def predicted(self, rows: Tensor) -> Tensor:
         """The most probable label of each row."""
         raise NotImplementedError
@@ -48,8 +52,8 @@ class Likelihood:
         raise NotImplementedError
 
     def sampled_term(self, rows: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(value, seed): the gradient of Σ seed ⊙ value is that of −log p(y), y drawn from the model."""
-        return self.negative_log(rows, self.sampled(rows.detach(), uniform)).sum(), None
+        """As :meth:`term`, y drawn from the model."""
+        return self.term(rows, self.sampled(rows.detach(), uniform))
 
     def expected(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(values, weights) of one shape: the expectation over labels is Σ weights · (∂values)²."""
@@ -87,9 +91,11 @@ class Categorical(Likelihood):
                 "count)"
             )
 
-    def negative_log(self, rows: Tensor, target: Tensor) -> Tensor:
-        """−log softmax(f)_y."""
-        return -torch.log_softmax(rows, dim=-1).gather(-1, target.long().unsqueeze(-1)).squeeze(-1)
+    def term(self, rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Seed p − 1_y, the derivative by f itself: −Σ of the others' p at y, because p_y − 1 would cancel."""
+        y = target.long().unsqueeze(-1)
+        seed = torch.softmax(rows.detach(), dim=-1).scatter_(-1, y, 0.0)
+        return rows, seed.scatter_(-1, y, -seed.sum(dim=-1, keepdim=True))
 
     def predicted(self, rows: Tensor) -> Tensor:
         """Argmax f."""

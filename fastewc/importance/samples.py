@@ -99,7 +99,7 @@ class SampleMeasure:
             self._add(waiting.batch())
 
     def _capacity(self, batch: Batch) -> int:
-        """How many samples to collect: a few megabytes of the largest activation, so that memory stays that of a batch.
+        """How many samples to collect, see :meth:`PerSampleSums.joined`.
 
         On a GPU the batch's size is the user's choice, and so is what a forward of theirs gets.
         """
@@ -108,7 +108,7 @@ class SampleMeasure:
             return 0
         if not self._whole.planned:
             return 2  # two batches of one sample, to find out from
-        return min(self._whole.chunk() // 4, _JOINED_BYTES // max(1, Joined.bytes_of(batch)))
+        return min(self._whole.joined(batch.size), _JOINED_BYTES // max(1, Joined.bytes_of(batch)))
 
     def _add(self, batch: Batch) -> None:
         engine = self._whole

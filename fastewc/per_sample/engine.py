@@ -18,7 +18,7 @@ from fastewc.per_sample.rules import RULES, Call, Use, rerun
 from fastewc.per_sample.segments import Outer, Pulled, Rows, Segment, Within, add_explicitly, add_tied
 
 #: Bytes that the largest activation of a part of a batch may have on a CPU: what its caches hold.
-CACHED = 16 << 20
+CACHED = 24 << 20
 #: Samples at a time where an op is differentiated once for each of them.
 RERUN = 8
 
@@ -98,6 +98,15 @@ class PerSampleSums(Interception):
             return RERUN
         device = next(iter(self._parameters.values())).device
         return max(2, CACHED // (4 * self._plan.largest)) if device.type == "cpu" else 1 << 62
+
+    def joined(self, batch: int) -> int:
+        """How many samples to collect from batches of this size: memory stays that of a batch's forward and backward.
+
+        A few megabytes of the largest activation, or as many activations as the gradients that are never made.
+        """
+        assert self._plan is not None
+        gradients = sum(p.numel() for p in self._parameters.values())
+        return min(self.chunk(), max(self.chunk() // 4, batch + gradients // self._plan.activations))
 
     # ---- one batch ----
 

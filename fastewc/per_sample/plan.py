@@ -33,6 +33,7 @@ class Plan:
     given_up: dict[str, str] = field(default_factory=dict)
     uses: dict[str, int] = field(default_factory=dict)  # parameter -> batched calls with it in a forward
     largest: int = 1  # numbers per sample of the largest operand or result
+    activations: int = 1  # and of all results together
 
 
 class Planner(Interception):
@@ -106,6 +107,7 @@ class Planner(Interception):
     def _settle(self) -> bool:
         """Decide every call from the two runs; False if something was treated otherwise than it should have been."""
         alone, together = self._seen[1], self._seen[2]
+        self.plan.activations = 1
         right = alone.keys() == together.keys()
         for key in alone.keys() & together.keys():
             try:
@@ -130,6 +132,7 @@ class Planner(Interception):
                 if len(ones) > 1:
                     raise Unclear("it gives several batched tensors")
                 self.plan.largest = max(self.plan.largest, one.numel(), *(t.numel() for t in given))
+                self.plan.activations += one.numel()
                 found.add(_confirmed(layout, one, two, list(zip(given, given_too, strict=True))))
         if len(found) != 1:
             raise Unclear("its results have the samples in different places")
