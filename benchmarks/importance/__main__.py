@@ -4,10 +4,10 @@ python -m benchmarks.importance [--workloads mlp-b100 resnet18-b16 ...] [--quant
     [--only fastewc batch-1] [--data-root PATH] [--device cpu] [--threads N] [--no-memory] [--out FILE]
 
 First every contender's importances must be those of a float64 batch-1 loop on a few samples (``gate.py``),
-elementwise; who fails is named with the reason. Then all make whole passes in turns; medians over rounds, three of them
-for who takes more than five times the unit. Peak memory is measured for each contender by itself. Images are MNIST's,
-tokens the words of the first ``text/*.txt``, both under --data-root (or FASTEWC_DATA); without one all data is random,
-which changes no time.
+elementwise; who fails is named with the reason. Then all make whole passes in turns; medians over rounds. Who takes
+more than five times the unit is measured three times, on as many batches as take about two seconds, against the unit on
+the same. Peak memory is measured for each contender by itself. Images are MNIST's, tokens the words of the first
+``text/*.txt``, both under --data-root (or FASTEWC_DATA); without one all data is random, which changes no time.
 """
 
 from __future__ import annotations

@@ -32,9 +32,14 @@ from benchmarks.results_row import ROOT
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_bytes(build: Builder, job: Job, contender: str, compile_seconds: float) -> int | None:
-    """Bytes at the peak beyond those before; None where this system can't tell. A GPU's are read in this process."""
-    batches = job.workload.batches
+def peak_bytes(
+    build: Builder, job: Job, contender: str, compile_seconds: float, first: int | None = None
+) -> int | None:
+    """Bytes at the peak beyond those before; None where this system can't tell. A GPU's are read in this process.
+
+    ``first``: of a pass over so many batches; None: all.
+    """
+    batches = job.workload.batches[:first]
     if job.workload.device.type == "cuda":
         run = build(job)
         job.model.zero_grad(set_to_none=True)
@@ -51,6 +56,7 @@ def peak_bytes(build: Builder, job: Job, contender: str, compile_seconds: float)
     command = [
         sys.executable, "-m", "benchmarks.importance.memory", job.workload.name, job.quantity.name, contender,
         "--threads", str(torch.get_num_threads()), "--compile-seconds", str(compile_seconds),
+        *([] if first is None else ["--batches", str(first)]),
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -60,7 +66,7 @@ def peak_bytes(build: Builder, job: Job, contender: str, compile_seconds: float)
     return found
 
 
-def host_peak(build: Builder, job: Job) -> int | None:
+def host_peak(build: Builder, job: Job, first: int | None = None) -> int | None:
     """The same on the host, for a process that does nothing else; None where the mark can't be set back."""
     run = build(job)
     run(few(job.workload.batches))  # what libraries keep after their first use is not the pass's
@@ -73,7 +79,7 @@ def host_peak(build: Builder, job: Job) -> int | None:
     except OSError:
         return None
     before = _kilobytes("VmRSS")
-    run(job.workload.batches)
+    run(job.workload.batches[:first])
     return 1024 * (_kilobytes("VmHWM") - before)
 
 
@@ -91,11 +97,13 @@ def main() -> None:
     parser.add_argument("contender")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--compile-seconds", type=float, default=180.0)
+    parser.add_argument("--batches", type=int)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     quantity = QUANTITIES[args.quantity]
     job = Job(make(args.workload, "cpu", None), quantity)
-    print(json.dumps({"bytes": host_peak(builders(quantity, args.compile_seconds)[args.contender], job)}))
+    build = builders(quantity, args.compile_seconds)[args.contender]
+    print(json.dumps({"bytes": host_peak(build, job, args.batches)}))
 
 
 if __name__ == "__main__":

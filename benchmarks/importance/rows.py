@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,9 @@ from benchmarks.results_row import measure_in_turn, row, timing_of
 from fastewc import Importance
 
 Rows = Iterator[dict[str, Any]]
-# Who takes more than so many times the unit has turns of its own with it, and so few of them.
-_SLOW, _SLOW_ROUNDS = 5.0, 3
+# Who takes more than so many times the unit has turns of its own with it, so few of them, on so many batches as take
+# about so many seconds.
+_SLOW, _SLOW_ROUNDS, _SLOW_SECONDS = 5.0, 3, 2.0
 #: What a contender raises where a model is beyond it: its own errors, or those of torch in it. Named in its row.
 _REFUSALS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, RuntimeError,
@@ -40,6 +41,7 @@ class Entry:
     run: Run | None = None
     failure: str | None = None
     share: float = 1.0
+    batches: int | None = None  # how many of them it is measured on; None: all
     ratios: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     peak: int | None = None
@@ -84,7 +86,7 @@ def rows_of(
     if memory:
         for entry in entries:
             if entry.run is not None:
-                entry.peak = peak_bytes(entry.build, job, entry.name, compile_seconds)
+                entry.peak = peak_bytes(entry.build, job, entry.name, compile_seconds, entry.batches)
     for entry in entries:
         print(line(entry), flush=True)
         yield row_of(entry, workload, quantity)
@@ -103,26 +105,28 @@ def admit(entries: list[Entry], job: Job) -> None:
 
 
 def time_all(entries: list[Entry], seconds: float) -> None:
-    """Seconds of whole passes and their ratios to the unit's of the same round."""
+    """Seconds of whole passes (of fewer batches: whoever is slow) and their ratios to the unit's of the same round."""
     unit, *others = entries
-    device = unit.job.workload.device.type
+    device, count = unit.job.workload.device.type, len(unit.job.workload.batches)
     assert unit.run is not None, unit.failure
-    first = _seconds(unit, device)
+    _seconds(unit, device, 1)
     quick, slow = [unit], []
     for entry in others:
         if entry.run is not None:
             try:
-                group = slow if _seconds(entry, device) > _SLOW * first else quick
+                some = min(count, 1 + int(_SLOW_SECONDS / _seconds(entry, device, 1)))
+                if _seconds(entry, device, some) > _SLOW * _seconds(unit, device, some):
+                    entry.batches = some
             except _REFUSALS as error:
                 entry.fails(error)
             else:
-                group.append(entry)
-    for _ in range(_SLOW_ROUNDS if slow else 0):
-        _seconds(unit, device)  # warm again after who came before
-        plain = _seconds(unit, device)
-        for entry in slow:
-            entry.seconds.append(_seconds(entry, device))
-            entry.ratios.append(entry.seconds[-1] / plain)
+                (quick if entry.batches is None else slow).append(entry)
+    for entry in slow * _SLOW_ROUNDS:
+        assert entry.batches is not None
+        _seconds(unit, device, entry.batches)  # warm again after who came before
+        plain = _seconds(unit, device, entry.batches)
+        entry.seconds.append(_seconds(entry, device, entry.batches))
+        entry.ratios.append(entry.seconds[-1] / plain)
     measured = measure_in_turn([(_nothing, _call(entry)) for entry in quick], device=device, seconds=seconds)
     for entry, times in zip(quick, measured, strict=True):
         entry.seconds = times
@@ -133,20 +137,25 @@ def _nothing() -> None:
     """Passes need no preparation."""
 
 
-def _call(entry: Entry) -> Callable[[], Mapping[str, torch.Tensor]]:
-    run, batches = entry.run, entry.job.workload.batches
+def _call(entry: Entry, first: int | None = None) -> Callable[[], None]:
+    """A pass over all batches, or the first; of fastewc also by which path each parameter went."""
+    run, batches = entry.run, entry.job.workload.batches[:first]
     assert run is not None
-    return lambda: run(batches)
+
+    def call() -> None:
+        result = run(batches)
+        if isinstance(result, Importance):
+            entry.paths = dict(Counter(path for path, _ in result.report.values()))
+
+    return call
 
 
-def _seconds(entry: Entry, device: str) -> float:
-    """One whole pass; of fastewc also by which path each parameter went."""
+def _seconds(entry: Entry, device: str, batches: int) -> float:
+    """One pass over the first batches."""
     begun = time.perf_counter()
-    result = _call(entry)()
+    _call(entry, batches)()
     if device == "cuda":
         torch.cuda.synchronize()
-    if isinstance(result, Importance):
-        entry.paths = dict(Counter(path for path, _ in result.report.values()))
     return time.perf_counter() - begun
 
 
@@ -159,9 +168,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def samples_of(workload: Workload) -> int:
-    """N of the whole pass."""
-    return sum(len(x) for x, _ in workload.batches)
+def samples_of(workload: Workload, batches: int | None = None) -> int:
+    """N of the whole pass, or of its first batches."""
+    return sum(len(x) for x, _ in workload.batches[:batches])
 
 
 def line(entry: Entry) -> str:
@@ -183,8 +192,8 @@ def row_of(entry: Entry, workload: Workload, quantity: str) -> dict[str, Any]:
     name = f"{quantity} {workload.name} {workload.device.type} {entry.name}"
     common = {
         "workload": workload.name, "quantity": quantity, "contender": entry.name, "baseline": PLAIN,
-        "samples": samples_of(workload), "batch": len(workload.batches[0][0]), "weights": workload.weights,
-        "data": workload.source, "device": workload.device.type,
+        "samples": samples_of(workload, entry.batches), "batch": len(workload.batches[0][0]),
+        "weights": workload.weights, "data": workload.source, "device": workload.device.type,
         "dtype": "bfloat16 autocast" if workload.autocast else "float32", "peers": _versions(),
     }  # fmt: skip
     if entry.failure is not None:

@@ -17,8 +17,11 @@ from fastewc.per_sample.proxy import Gate, Operand, Proxy, Slot, Slots, Tap, fou
 from fastewc.per_sample.rules import RULES, Call, Use, rerun
 from fastewc.per_sample.segments import Outer, Pulled, Rows, Segment, Within, add_explicitly, add_tied
 
-#: Bytes that the largest activation of a part of a batch may have on a CPU: what its caches hold.
+#: Bytes that the largest activation of a part of a batch may have on a CPU: about what its caches hold, and what malloc
+#: takes from pages that it has (glibc: up to 32 MB; fresh ones cost more than most kernels).
 CACHED = 24 << 20
+#: Bytes that it may have where small batches are joined.
+JOINED = 4 << 20
 #: Samples at a time where an op is differentiated once for each of them.
 RERUN = 8
 
@@ -102,11 +105,13 @@ class PerSampleSums(Interception):
     def joined(self, batch: int) -> int:
         """How many samples to collect from batches of this size: memory stays that of a batch's forward and backward.
 
-        A few megabytes of the largest activation, or as many activations as the gradients that are never made.
+        A few megabytes of the largest activation, or as many activations as the gradients that are never made (what is
+        kept for backward is about twice what the calls with parameters give).
         """
         assert self._plan is not None
         gradients = sum(p.numel() for p in self._parameters.values())
-        return min(self.chunk(), max(self.chunk() // 4, batch + gradients // self._plan.activations))
+        few, spared = JOINED // (4 * self._plan.largest), gradients // (2 * self._plan.activations)
+        return min(self.chunk(), max(few, batch + spared))
 
     # ---- one batch ----
 
