@@ -77,7 +77,7 @@ class Evaluated:
         return found
 
     def counted(self, output: Tensor, *, elementwise: bool = False) -> Tensor | None:
-        """Which positions count: a bool mask of ``output.shape[:-1]`` (elementwise: of ``output.shape``), None if all do.
+        """Which positions count: a bool mask of ``output.shape[:-1]`` (elementwise: ``output.shape``), None if all do.
 
         A target of that shape (elementwise: or of ``output.shape[:-1]``) decides by != −100; without one an
         attention_mask of ``output.shape[:-1]`` by != 0.
