@@ -8,7 +8,7 @@ network, so its error is some roundings of the tensor's *largest* gradient, δ =
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def few(batches: Sequence[Batch]) -> list[Batch]:
 def in_double(job: Job) -> Job:
     """The same on a float64 copy of the model, without autocast."""
     workload = job.workload
-    batches = [(x.double() if x.is_floating_point() else x, y) for x, y in few(workload.batches)]
+    batches = [(x.double() if x.is_floating_point() else x, y) for x, y in workload.batches]
     return replace(
         job,
         workload=replace(workload, model=deepcopy(workload.model).double(), batches=batches, autocast=False),
@@ -43,12 +43,17 @@ def in_double(job: Job) -> Job:
 
 
 class Gate:
-    """The float64 result for one job, and how far torch's batch-1 loop is from it in the timed precision."""
+    """The float64 result for one job, and how far torch's batch-1 loop is from it in the timed precision.
 
-    def __init__(self, job: Job) -> None:
+    Args:
+        job: what is asked for.
+        cut: takes the batches that are computed out of the job's.
+    """
+
+    def __init__(self, job: Job, cut: Callable[[Sequence[Batch]], list[Batch]] = few) -> None:
         self.job = job
-        self.timed = replace(job, workload=replace(job.workload, batches=few(job.workload.batches)))
-        self.double = in_double(job)
+        self.timed = replace(job, workload=replace(job.workload, batches=cut(job.workload.batches)))
+        self.double = in_double(self.timed)
         self.oracle = dict(batch_one(self.double)(self.double.workload.batches))
         self.dtype = torch.bfloat16 if job.workload.autocast else torch.float32
         lost = batch_one(self.timed)(self.timed.workload.batches)
@@ -71,10 +76,11 @@ class Gate:
             if missing and (not part or len(missing) == len(self.oracle)):
                 named = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
                 raise AssertionError(f"nothing for {len(missing)} of {len(self.oracle)} parameters: {named}")
-            self._compare(name, got, dtype, roundings)
+            self.compare(name, got, dtype, roundings)
         return sum(t.numel() for t in got.values()) / sum(t.numel() for t in self.oracle.values())
 
-    def _compare(self, name: str, got: Mapping[str, Tensor], dtype: torch.dtype, roundings: float) -> None:
+    def compare(self, name: str, got: Mapping[str, Tensor], dtype: torch.dtype, roundings: float) -> None:
+        """AssertionError where an element is not within so many roundings of ``dtype``."""
         for parameter, value in got.items():
             assert_within_roundings(
                 value.to(torch.float64), self.oracle[parameter], roundings=roundings,

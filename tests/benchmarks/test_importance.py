@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.importance import memory, peers
+from benchmarks.importance import exact, memory, peers
 from benchmarks.importance.contenders import QUANTITIES, Job, Run, Sums, batch_one, ours, plain, vmap_grad
 from benchmarks.importance.gate import Gate
 from benchmarks.importance.layer_hooks import NAME as HOOKS
@@ -218,3 +218,21 @@ def test_the_fc_run_trains_both_sides_alike(capsys: pytest.CaptureFixture[str]) 
     assert whole == pytest.approx(training + importances)
     assert whole == pytest.approx(other.seconds / one.seconds)
     assert "whole run" in capsys.readouterr().out
+
+
+def test_the_check_of_whole_models_finds_one_wrong_element(monkeypatch):
+    workload = tiny("mlp", monkeypatch)
+    assert exact.check(workload, QUANTITIES["fisher"], 6) == [1, 5, 6]
+    right = exact.ours
+
+    def wrong(job):
+        def run(batches):
+            found = right(job)(batches)
+            next(iter(found.values())).view(-1)[3] *= 1.01
+            return found
+
+        return run
+
+    monkeypatch.setattr(exact, "ours", wrong)
+    with pytest.raises(AssertionError, match=r"1 of \d+ elements outside"):
+        exact.check(workload, QUANTITIES["mas"], 6)
