@@ -27,8 +27,8 @@ def attach(ewc: EWC, optimizer: Any) -> AttachHandle:
 
     The gradient that the optimizer sees is g + c(w − w*), w before the step; p.grad itself is given back as it was.
     Closures, GradScaler (also with fused optimizers, whose gradients arrive scaled), maximize, several groups, live
-    learning rates and CUDA graphs (λ is read at every replay) are honoured; a parameter without gradient is skipped, as torch skips it. An older optimizer over the
-    same parameters is superseded: its next step raises.
+    learning rates and CUDA graphs (λ is read at every replay) are honoured; a parameter without gradient is skipped, as
+    torch skips it. An older optimizer over the same parameters is superseded: its next step raises.
 
     Args:
         ewc: what to apply.
