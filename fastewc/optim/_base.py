@@ -358,6 +358,8 @@ class ProtectedOptimizer(PathIntegralState):
         return super().__getstate__() | {name: getattr(self, name) for name in _EXTRAS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            group.setdefault("fused", None)  # SGD says False of a checkpoint older than the option: slow, for ever
         super().__setstate__(state)
         for group in self.param_groups:
             group.pop("num_tasks", None)
