@@ -313,14 +313,15 @@ class _Penalty:
         self._give_back()
         self._old = []
 
-    def _give_back(self) -> None:
+    def _give_back(self, *, after_the_step: bool = False) -> None:
         for p, own, lent, _ in self._lent:
-            if p.grad is lent:
+            # Some optimizers put a contiguous copy in its place, some None, which stays.
+            if p.grad is lent or (after_the_step and p.grad is not None):
                 p.grad = own
         self._lent = []
 
     def after(self, optimizer: Optimizer) -> None:
-        self._give_back()
+        self._give_back(after_the_step=True)
         held = [self.ewc.held(p) for p, _, _ in self._old]
         importances, anchors = ([pair[k] for pair in held if pair is not None] for k in range(2))
         if self._old:
