@@ -241,6 +241,7 @@ def test_scaled_gradients_with_fused(name: str, variant: str):
     """GradScaler leaves gradients scaled where the optimizer is fused: the naive hook adds 1/1024 of the pull."""
     for model, ewc, hook, right in ways(variant):
         optimizer = build(name, model, fused=True)
+        unscaled = not getattr(optimizer, "_step_supports_amp_scaling", False)  # Adagrad in older torch
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         scaler.scale(torch.zeros(()))
         hook(ewc, optimizer)
@@ -253,7 +254,7 @@ def test_scaled_gradients_with_fused(name: str, variant: str):
             scaler.update()
         # The last step overflowed, and changed nothing.
         assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
-        assert is_expected(model, expected(name, ewc)) == right
+        assert is_expected(model, expected(name, ewc)) == (right or unscaled)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

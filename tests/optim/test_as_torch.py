@@ -166,7 +166,7 @@ def test_profilers_see_the_step_under_torchs_label(name: str):
     optimizer = ours(name)(params, lr=0.1)
     give_gradients((params,), 0)
     optimizer.step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         optimizer.step()
     assert [e.count for e in profile.key_averages() if e.key == f"Optimizer.step#{name}.step"] == [1]
 

@@ -72,7 +72,7 @@ def run(text: Path, folder: Path, names: tuple[str, ...] = NAMED) -> list[tuple[
             *("-c", str(folder / "pytest.ini"), "--rootdir", str(folder), "-k", " or ".join(names), str(text)),
         ],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), outcomes.FILE: str(results)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), outcomes.FILE: str(results)},
         capture_output=True,
         text=True,
         check=False,
