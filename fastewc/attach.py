@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastewc._graphs import capturing
 from fastewc._optimizers import learning_rate, unwrap_optimizer
 from fastewc.ops.ewc_penalty import ewc_hold_back_, ewc_penalty_grads
 from fastewc.optim._base import ProtectedOptimizer
@@ -25,9 +26,9 @@ def attach(ewc: EWC, optimizer: Any) -> AttachHandle:
     """Apply an EWC penalty inside ``optimizer.step()``: E1 and E2 before the update, E3 and E4 after it.
 
     The gradient that the optimizer sees is g + c(w − w*), w before the step; p.grad itself is given back as it was.
-    Closures, GradScaler (also with fused optimizers, whose gradients arrive scaled), maximize, several groups and live
-    learning rates are honoured; a parameter without gradient is skipped, as torch skips it. An older optimizer over the
-    same parameters is superseded: its next step raises.
+    Closures, GradScaler (also with fused optimizers, whose gradients arrive scaled), maximize, several groups, live
+    learning rates and CUDA graphs (λ is read at every replay) are honoured; a parameter without gradient is skipped, as
+    torch skips it. An older optimizer over the same parameters is superseded: its next step raises.
 
     Args:
         ewc: what to apply.
@@ -238,6 +239,7 @@ class _Penalty:
     _lent: list[tuple[Tensor, Tensor, Tensor, int]] = field(default_factory=list)
     # p, w before the step (E4 alone needs it), α
     _old: list[tuple[Tensor, Tensor | None, float | Tensor]] = field(default_factory=list)
+    _replayed: Tensor | None = None  # λ of this step where a CUDA graph has to read it at every replay
 
     def check(self, optimizer: Optimizer) -> None:
         self.ewc.check_owner(optimizer)
@@ -250,14 +252,36 @@ class _Penalty:
 
     def before(self, optimizer: Optimizer) -> None:
         """Lend the pulled gradients (E1, E2), or remember what E3 and E4 need after the update."""
+        self._replayed = self._lambda_of_graphs(optimizer)
         for group in optimizer.param_groups:
             protected = [(p, held) for p in group["params"] if p.grad is not None and (held := self.ewc.held(p))]
             params = [p for p, _ in protected]
             if self.ewc.variant in ("proximal", "wva"):
                 olds = [p.detach().clone() if self.ewc.variant == "wva" else None for p in params]
-                self._old += [(p, old, learning_rate(group)) for p, old in zip(params, olds, strict=True)]
+                self._old += [(p, old, self._alpha(group)) for p, old in zip(params, olds, strict=True)]
             elif params:
                 self._lend(optimizer, group, params, [held for _, held in protected])
+
+    def _lambda_of_graphs(self, optimizer: Optimizer) -> Tensor | None:
+        """λ as a tensor if this step may become part of a CUDA graph."""
+        device = next((p.device for _, p in with_grad(optimizer)), None)
+        live = None if device is None else self.ewc.live_lambda(device)  # made before any capture
+        capturable = any(group.get("capturable", False) for group in optimizer.param_groups)
+        return live if capturable or capturing() else None
+
+    # A graph reads λ through α and the scale of the pull: λΩ/(1 + αλΩ) = λ · Ω/(1 + (αλ)Ω).
+    def _alpha(self, group: dict[str, Any]) -> float | Tensor:
+        lr = learning_rate(group)
+        return lr if self._replayed is None else lr * self._replayed
+
+    def _ewc_lambda(self) -> float:
+        return self.ewc.ewc_lambda if self._replayed is None else 1.0
+
+    def _scale(self, optimizer: Optimizer) -> Tensor | None:
+        scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+        if self._replayed is None:
+            return scale
+        return self._replayed if scale is None else scale.reshape(()) * self._replayed
 
     def _lend(
         self, optimizer: Optimizer, group: dict[str, Any], params: list[Tensor], held: list[tuple[Tensor, Tensor]]
@@ -268,12 +292,12 @@ class _Penalty:
             params,
             [omega for omega, _ in held],
             [anchor for _, anchor in held],
-            ewc_lambda=self.ewc.ewc_lambda,
-            lrs=[learning_rate(group)] * len(params),
+            ewc_lambda=self._ewc_lambda(),
+            lrs=[self._alpha(group)] * len(params),
             variant=self.ewc.variant,
             grads=owns,
             negate=grad_sign(group) < 0,
-            scale=getattr(optimizer, "grad_scale", None),
+            scale=self._scale(optimizer),
         )
         for p, own, lent in zip(params, owns, pulled, strict=True):
             p.grad = lent
@@ -289,14 +313,15 @@ class _Penalty:
         self._give_back()
         self._old = []
 
-    def _give_back(self) -> None:
+    def _give_back(self, *, after_the_step: bool = False) -> None:
         for p, own, lent, _ in self._lent:
-            if p.grad is lent:
+            # Some optimizers put a contiguous copy in its place, some None, which stays.
+            if p.grad is lent or (after_the_step and p.grad is not None):
                 p.grad = own
         self._lent = []
 
     def after(self, optimizer: Optimizer) -> None:
-        self._give_back()
+        self._give_back(after_the_step=True)
         held = [self.ewc.held(p) for p, _, _ in self._old]
         importances, anchors = ([pair[k] for pair in held if pair is not None] for k in range(2))
         if self._old:
@@ -306,7 +331,7 @@ class _Penalty:
                 [p.detach() for p, _, _ in self._old],
                 olds,
                 importances,
-                ewc_lambda=self.ewc.ewc_lambda,
+                ewc_lambda=self._ewc_lambda(),
                 lrs=[lr for _, _, lr in self._old],
                 skip=getattr(optimizer, "found_inf", None),
             )

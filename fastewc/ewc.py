@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from fastewc import _state, files
 from fastewc._binding import Binding
+from fastewc._graphs import LiveNumber, capturing
 from fastewc._names import Exclude, as_patterns, model_parameters, op_dtype, require_matches
 from fastewc._optimizers import Owners
 from fastewc._state import Changes, Importances, Options
@@ -90,6 +91,7 @@ class EWC:
         self._anchor: dict[str, Tensor] = {}
         self._facts = Importances()
         self._owners = Owners()
+        self._live_lambda = LiveNumber()
         self._options.check_anchor_storage(self._binding.parameters)
         _warn_of_running_statistics(model)
 
@@ -106,6 +108,11 @@ class EWC:
     @ewc_lambda.setter
     def ewc_lambda(self, value: float) -> None:
         self._options.ewc_lambda = _state.checked_lambda(value)
+        self._live_lambda.set(self._options.ewc_lambda)
+
+    def live_lambda(self, device: torch.device) -> Tensor:
+        """λ as a float64 tensor that follows :attr:`ewc_lambda`: what a captured CUDA graph reads. For the steps."""
+        return self._live_lambda.on(device, self.ewc_lambda)
 
     @property
     def variant(self) -> str:
@@ -269,14 +276,13 @@ class EWC:
             dtype = torch.float64 if torch.float64 in dtypes else torch.float32
             return torch.zeros((), dtype=dtype, device=device, requires_grad=torch.is_grad_enabled())
         params, importances, anchors = self._tensors()
-        return ewc_penalty(
-            params,
-            importances,
-            anchors,
-            ewc_lambda=self.ewc_lambda,
-            lrs=[alpha(n) for n in self._binding.parameters],
-            variant=self.variant,
-        )
+        ewc_lambda, lrs = self.ewc_lambda, [alpha(n) for n in self._binding.parameters]
+        live = self.live_lambda(params[0].device)  # made before any capture
+        if capturing():
+            # λΩ/(1 + αλΩ) = λ · Ω/(1 + (αλ)Ω), so that λ is read at every replay
+            ewc_lambda, lrs = 1.0, [None if lr is None else lr * live for lr in lrs]
+        value = ewc_penalty(params, importances, anchors, ewc_lambda=ewc_lambda, lrs=lrs, variant=self.variant)
+        return value * live.to(value) if capturing() else value
 
     def stats(self, lr: LearningRate) -> dict[str, float]:
         """How strongly the weights are held now: one pass over them, one transfer to the host.
@@ -460,6 +466,7 @@ class EWC:
         _state.require_finite(anchor, "the loaded anchor")
         self._options, self._facts, self._binding = options, facts, binding
         self._importance, self._anchor = (importance, anchor) if facts.num_tasks else ({}, {})
+        self._live_lambda.set(options.ewc_lambda)
         changes.warn()
 
     def __repr__(self) -> str:

@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fastewc import _dispatch
+from fastewc._graphs import capturing
 from fastewc._names import is_dtensor, op_dtype
 from fastewc.ops.ewc_step import StepRule, StepTensors, clip_coefficient, gradient_norm
+from fastewc.optim._capture import refuse_new_state, refuse_uncapturable
 from fastewc.optim._path_integral import PATH_TENSORS, PathIntegralMode, PathIntegralState
 from fastewc.optim._plan import Call, GroupPlan
 
@@ -29,6 +31,10 @@ Gradients are only read: unscaling (``torch.amp.GradScaler`` hands its scale to 
 ``p.grad`` as it is. A step in which the scaler found an overflow changes nothing at all. ``fused=False``
 selects the reference implementation; ``foreach`` is accepted and has no effect; ``differentiable=True``,
 sparse and complex gradients raise.
+
+In a CUDA graph (Adam and AdamW: ``capturable=True``) every replay reads λ, and a learning rate that is a tensor
+on the GPU, as they are then. At least one step must run before the capture. A graph keeps the Ω and w* that it
+was captured with: capture again after ``ewc.consolidate``.
 
 Args:
     ewc: a :class:`fastewc.EWC` over the same parameters: α is the live learning rate of each group, λ is read
@@ -170,13 +176,15 @@ class ProtectedOptimizer(PathIntegralState):
             What the closure returned, else None.
 
         Raises:
-            RuntimeError: a newer optimizer took the ewc over; graph capture without ``capturable=True``; meta
-                parameters with ``fused=True``.
+            RuntimeError: a newer optimizer took the ewc over; graph capture without ``capturable=True``, of a
+                first step or with ``path_integral``; meta parameters with ``fused=True``.
             NotImplementedError: a sparse or complex gradient. Nothing has changed then.
         """
         if self.ewc is not None:
             self.ewc.check_owner(self)
-        self._refuse_uncapturable()
+        captured = capturing()
+        if captured:
+            refuse_uncapturable(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -186,7 +194,7 @@ class ProtectedOptimizer(PathIntegralState):
             self._check_gradients()
             return loss
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        calls = self._calls()
+        calls = self._calls(captured)
         clip_coef = None
         if self.max_grad_norm is not None:
             pairs = [(rule, call.tensors) for _, rule, call in calls]
@@ -205,26 +213,39 @@ class ProtectedOptimizer(PathIntegralState):
     def _keep_state(self, group: dict[str, Any], tensors: StepTensors) -> None:
         """Take back state that the op made."""
 
-    def rule(self, group: dict[str, Any]) -> StepRule:
-        """How to step a group now."""
-        options = {name: group[name] for name in self.rule_options}
-        if self.ewc is not None:
-            options |= {"variant": self.ewc.variant, "ewc_lambda": self.ewc.ewc_lambda}
+    def lacks_state(self, group: dict[str, Any], p: Tensor) -> bool:
+        """Whether the next step would make state for a parameter."""
+        raise NotImplementedError
+
+    def penalty_options(self, group: dict[str, Any], *, captured: bool) -> dict[str, Any]:
+        """Variant and λ for a group's rule: λ as a tensor where a CUDA graph must read it at every replay."""
+        if self.ewc is None:
+            return {}
+        ewc_lambda: float | Tensor = self.ewc.ewc_lambda
+        if (captured or group.get("capturable", False)) and group["params"]:
+            ewc_lambda = self.ewc.live_lambda(group["params"][0].device)
+        return {"variant": self.ewc.variant, "ewc_lambda": ewc_lambda}
+
+    def rule(self, group: dict[str, Any], penalty: dict[str, Any]) -> StepRule:
+        """How to step a group now, with its :meth:`penalty_options`."""
+        options = {name: group[name] for name in self.rule_options} | penalty
         regularized = self.path_integral == "regularized"
         return StepRule(self.kind, **options, clip_penalty=self.clip_penalty, regularized_path=regularized)
 
-    def _calls(self) -> list[tuple[dict[str, Any], StepRule, Call]]:
+    def _calls(self, captured: bool) -> list[tuple[dict[str, Any], StepRule, Call]]:
         """Per group and device: the rule and the tensors of everything that has a gradient."""
         grads = [[p.grad for p in group["params"]] for group in self.param_groups]
         plans: list[GroupPlan] = self.__dict__.setdefault("_plans", [])
         paired = zip(plans, self.param_groups, grads, strict=False)
         if len(plans) != len(grads) or not all(plan.holds(self, group, own) for plan, group, own in paired):
             self._check_gradients()
+            if captured:
+                refuse_new_state(self)
             plans[:] = map(GroupPlan, repeat(self), self.param_groups, grads)
         found = []
         for plan, group, own in zip(plans, self.param_groups, grads, strict=True):
             plan.take(own)
-            rule = plan.rule(self, group)
+            rule = plan.rule(self, group, captured=captured)
             found += [(group, rule, call) for call in plan.calls]
         return found
 
@@ -272,16 +293,6 @@ class ProtectedOptimizer(PathIntegralState):
         pairs = ((group, p.device) for group in self.param_groups for p in group["params"])
         return any(d.type == "cpu" or self.choose(group, d) == "reference" for group, d in pairs)
 
-    def _refuse_uncapturable(self) -> None:
-        # Adam's counter lives on the CPU unless capturable: a captured graph would replay one frozen step.
-        initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        if not initialized or all(group.get("capturable", True) for group in self.param_groups):
-            return
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"CUDA graph capture of {type(self).__name__}.step() needs capturable=True in every group"
-            )
-
     def state_dict(self) -> dict[str, Any]:
         """The state dict of torch; with ``ewc`` each param group also carries its ``num_tasks``."""
         state_dict = super().state_dict()
@@ -302,6 +313,7 @@ class ProtectedOptimizer(PathIntegralState):
 
         def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
             self._check_tasks(state_dict)
+            self._check_fused(state_dict)
             loaded.update(state_dict)
 
         # The last hook: it sees what the user's hooks made of the state.
@@ -335,10 +347,19 @@ class ProtectedOptimizer(PathIntegralState):
             "the state."
         )
 
+    def _check_fused(self, state_dict: dict[str, Any]) -> None:
+        if self.impl not in ("auto", "reference") and any(g.get("fused") is False for g in state_dict["param_groups"]):
+            raise ValueError(
+                f"the saved optimizer had fused=False, which selects the reference implementation, but this one has "
+                f'impl={self.impl!r}. Make it without impl, or set "fused" to None in the param_groups of the state.'
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {name: getattr(self, name) for name in _EXTRAS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            group.setdefault("fused", None)  # SGD says False of a checkpoint older than the option: slow, for ever
         super().__setstate__(state)
         for group in self.param_groups:
             group.pop("num_tasks", None)

@@ -17,6 +17,11 @@ class AdamStep(ProtectedOptimizer):
     kind = "adam"
     rule_options = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
 
+    def lacks_state(self, group: dict[str, Any], p: Tensor) -> bool:
+        """The counter comes with the moments; amsgrad may be switched on later."""
+        state = self.state.get(p, {})
+        return "step" not in state or (group["amsgrad"] and "max_exp_avg_sq" not in state)
+
     def _collect_state(self, group: dict[str, Any], p: Tensor, tensors: StepTensors) -> None:
         state = self.state[p]
         # Kernels on a GPU advance the counter themselves, so that the step waits for nothing.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,7 +46,11 @@ class PathIntegralState(Optimizer):
     @property
     def path_integral_steps(self) -> int:
         """How many steps ω has been summed over since the latest reset; skipped steps do not count."""
-        return max((int(state.get("path_integral_steps", 0)) for state in self.state.values()), default=0)
+        return max((int(state.get("path_integral_steps", 0)) for state in self._states()), default=0)
+
+    def _states(self) -> list[dict[str, Any]]:
+        # Hooks may keep things of their own in ``state``, under keys that are no parameters.
+        return [state for key, state in self.state.items() if isinstance(key, Tensor)]
 
     def path_integrals(self) -> dict[str, PathTerm]:
         """E7 by parameter name, for :func:`fastewc.si_importance`: ω = −Σ g(w⁺ − w) and its start.
@@ -74,6 +78,6 @@ class PathIntegralState(Optimizer):
 
     def reset_path_integral(self) -> None:
         """Start a new path: ω = 0, and the start is taken again at the next step."""
-        for state in self.state.values():
+        for state in self._states():
             for key in (*PATH_TENSORS, "path_integral_steps"):
                 state.pop(key, None)

@@ -8,6 +8,7 @@ model moved, a task consolidated.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import is_
@@ -57,17 +58,23 @@ class GroupPlan:
         self._layouts = _layouts(grads)
         self._kinds = _kinds(self._params)
         self._options = _options(optimizer, group)
-        by_device: dict[torch.device, tuple[StepTensors, list[int]]] = {}
+        by_device: dict[tuple[torch.device, int], tuple[StepTensors, list[int]]] = {}
+        seen = Counter[int]()
         for i, (p, grad) in enumerate(zip(self._params, grads, strict=True)):
             if grad is not None:
-                tensors, places = by_device.setdefault(p.device, (StepTensors(), []))
+                # torch allows a parameter twice in a group, and steps it twice: in calls of their own, one by one.
+                tensors, places = by_device.setdefault((p.device, seen[id(p)]), (StepTensors(), []))
+                seen[id(p)] += 1
                 tensors.params.append(p)
                 places.append(i)
                 optimizer.collect(group, p, tensors)
         self.calls = [
             Call(tensors, places, implementation(optimizer.choose(group, device), device))
-            for device, (tensors, places) in by_device.items()
+            for (device, _), (tensors, places) in by_device.items()
         ]
+        if optimizer.ewc is not None:
+            for device in {device for device, _ in by_device}:
+                optimizer.ewc.live_lambda(device)  # made before any capture
         self._states = [optimizer.state.get(p) for p in self._params]  # None: without state
         self._kept = [
             (optimizer.state.get(p, {}), key, tensor)
@@ -98,13 +105,13 @@ class GroupPlan:
         for call in self.calls:
             call.tensors.grads[:] = [grad for i in call.places if (grad := grads[i]) is not None]
 
-    def rule(self, optimizer: ProtectedOptimizer, group: dict[str, Any]) -> StepRule:
+    def rule(self, optimizer: ProtectedOptimizer, group: dict[str, Any], *, captured: bool) -> StepRule:
         """How to step now: the same object while every number is the same object."""
-        ewc = optimizer.ewc
+        penalty = optimizer.penalty_options(group, captured=captured)
         values = [*map(group.get, optimizer.rule_options), *group.get("betas", ()), optimizer.clip_penalty]
-        values += [] if ewc is None else [ewc.variant, ewc.ewc_lambda]
+        values += penalty.values()
         if self._rule is None or not all(map(is_, values, self._rule_values)):
-            self._rule, self._rule_values = optimizer.rule(group), values
+            self._rule, self._rule_values = optimizer.rule(group, penalty), values
         return self._rule
 
 

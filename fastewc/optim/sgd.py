@@ -67,6 +67,10 @@ class SGD(ProtectedOptimizer, torch.optim.SGD):
         if group["momentum"] != 0:
             tensors.momentum_buffers.append(self.state[p].get("momentum_buffer"))
 
+    def lacks_state(self, group: dict[str, Any], p: Tensor) -> bool:
+        """Momentum starts with the first gradient."""
+        return group["momentum"] != 0 and self.state.get(p, {}).get("momentum_buffer") is None
+
     def _keep_state(self, group: dict[str, Any], tensors: StepTensors) -> None:
         for p, buffer in zip(tensors.params, tensors.momentum_buffers, strict=False):  # no buffers without momentum
             if buffer is not None:

@@ -3,7 +3,6 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -11,89 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-import fastewc
 from fastewc.testing import assert_within_roundings
-
-NAMES = ["SGD", "Adam", "AdamW"]
-EXTRAS = ["ewc", "max_grad_norm", "path_integral", "clip_penalty", "impl"]
-
-SGD_ARGUMENTS: list[dict[str, Any]] = [
-    {},
-    {"lr": 0.05},
-    {"lr": torch.tensor(0.05)},
-    {"lr": torch.tensor([0.05])},
-    {"lr": 0.05, "momentum": 0.9},
-    {"lr": 0.05, "momentum": 0.9, "dampening": 0.3},
-    {"lr": torch.tensor(0.05, dtype=torch.float64), "momentum": 0.9, "nesterov": True},
-    {"lr": 0.05, "weight_decay": 0.1},
-    {"lr": 0.05, "weight_decay": torch.tensor(0.1)},
-    {"lr": 0.05, "maximize": True, "momentum": 0.5, "weight_decay": 0.01},
-    {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "maximize": True},
-]
-ADAM_ARGUMENTS: list[dict[str, Any]] = [
-    {},
-    {"lr": 0.02, "betas": (0.8, 0.95)},
-    {"lr": 0.02, "betas": (0.0, 0.0)},
-    {"lr": 0.02, "betas": (torch.tensor(0.8), torch.tensor(0.95))},
-    {"lr": torch.tensor(0.02), "amsgrad": True},
-    {"lr": torch.tensor([0.02], dtype=torch.float64), "weight_decay": 0.0},
-    {"lr": 0.02, "eps": 0.1},
-    {"lr": 0.02, "weight_decay": 0.1},
-    {"lr": torch.tensor(0.02), "weight_decay": 0.1},
-    {"lr": 0.02, "weight_decay": 0.0},
-    {"lr": 0.02, "amsgrad": True, "weight_decay": 0.05, "maximize": True, "eps": 1e-3},
-]
-CASES = (
-    [("SGD", a) for a in SGD_ARGUMENTS]
-    + [(name, a) for name in ("Adam", "AdamW") for a in ADAM_ARGUMENTS]
-    + [("Adam", {"lr": 0.02, "weight_decay": 0.1, "decoupled_weight_decay": True})]
+from tests.optim.torch_cases import (
+    CASES,
+    IDS,
+    NAMES,
+    assert_same_state,
+    direction_terms,
+    give_gradients,
+    groups,
+    load,
+    make_params,
+    ours,
+    theirs,
+    wide,
 )
-IDS = [f"{name}-{i}" for i, (name, _) in enumerate(CASES)]
 
-
-def ours(name: str) -> type[torch.optim.Optimizer]:
-    return getattr(fastewc.optim, name)
-
-
-def theirs(name: str) -> Callable[..., torch.optim.Optimizer]:
-    """torch's for-loop implementation: its fused CPU kernels are wrong for strided parameters in some versions."""
-    cls = getattr(torch.optim, name)
-    return lambda params, **kwargs: cls(params, foreach=False, fused=False, **kwargs)
-
-
-def make_params(dtype: torch.dtype, seed: int = 3) -> list[nn.Parameter]:
-    g = torch.Generator().manual_seed(seed)
-    shapes = [(), (0,), (5,), (7, 9), (4, 3, 5, 2), (6, 8)]
-    values = [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes]
-    values[4] = values[4].contiguous(memory_format=torch.channels_last)
-    values[5] = values[5][:, ::2]
-    return [nn.Parameter(value) for value in values]
-
-
-def give_gradients(pairs: Iterable[list[nn.Parameter]], step: int) -> None:
-    """The same gradient for every list; parameter 2 has none in step 2, parameter 3 is frozen in steps 10 to 14."""
-    g = torch.Generator().manual_seed(100 + step)
-    lists = list(pairs)
-    for i, params in enumerate(zip(*lists, strict=True)):
-        value = torch.randn(params[0].shape, generator=g, dtype=torch.float64) * 10.0 ** (step % 5 - 2)
-        absent = (i == 2 and step == 2) or (i == 3 and 10 <= step < 15)
-        for p in params:
-            p.grad = None if absent else torch.empty_like(p).copy_(value)  # autograd's layout
-
-
-def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
-    return [{"params": params[:3]}, {"params": params[3:], "weight_decay": 0.03}]
-
-
-def assert_same_state(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
-    one, other = a.state_dict()["state"], b.state_dict()["state"]
-    assert one.keys() == other.keys()
-    for i in one:
-        assert one[i].keys() == other[i].keys()
-        for key, value in one[i].items():
-            assert value.dtype == other[i][key].dtype, key
-            assert value.stride() == other[i][key].stride(), key
-            assert torch.equal(value, other[i][key]), key
+EXTRAS = ["ewc", "max_grad_norm", "path_integral", "clip_penalty", "impl"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -134,10 +67,9 @@ def test_auto_is_torch_within_roundings_over_50_steps(name: str, arguments: dict
     A step adds at most about 8 roundings to the direction (g + ηw, the moments, their quotient) and 2 to w. Its
     error scale is |w| + |Δw|·(1 + V/v): V/v ≤ 1 for a sum of squares without cancellation.
     """
-    torchs, arguments = make_params(torch.float64), copy.deepcopy(arguments)
-    b = theirs(name)(groups(torchs), **arguments)
-    mine = make_params(dtype)
-    a = ours(name)(groups(mine), **arguments)
+    torchs, mine = make_params(torch.float64), make_params(dtype)
+    b = theirs(name)(groups(torchs), **wide(arguments))
+    a = ours(name)(groups(mine), **copy.deepcopy(arguments))
     for step in range(50):
         with torch.no_grad():
             for p, q in zip(mine, torchs, strict=True):
@@ -148,31 +80,13 @@ def test_auto_is_torch_within_roundings_over_50_steps(name: str, arguments: dict
             if p.grad is not None:
                 q.grad = p.grad.double()
         before = [q.detach().clone() for q in torchs]
-        a.load_state_dict(copy.deepcopy(b.state_dict()))  # casts the state to the dtype of the parameters,
-        b.load_state_dict(copy.deepcopy(a.state_dict()))  # and back
+        load(a, b.state_dict())  # casts the state to the dtype of the parameters,
+        load(b, a.state_dict())  # and back
         a.step()
         b.step()
         for p, q, w in zip(mine, torchs, before, strict=True):
-            scale = w.abs() + 2 * (q.detach() - w).abs() + _direction_terms(q, b)
+            scale = w.abs() + 2 * (q.detach() - w).abs() + direction_terms(q, b)
             assert_within_roundings(p, q.detach(), roundings=16, error_scale=scale, context=f"step {step}")
-
-
-def _direction_terms(q: nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Σ|terms| of Δw where they cancel: g against the moment or decay that it joins, times how far one unit moves w."""
-    group = next(g for g in optimizer.param_groups if any(q is p for p in g["params"]))
-    if q.grad is None:
-        return torch.zeros_like(q)
-    lr, g = float(group["lr"]), q.grad.abs() + float(group["weight_decay"]) * 2 * q.detach().abs()
-    state = optimizer.state[q]
-    if "exp_avg_sq" not in state:
-        mu = group["momentum"]
-        # |b_old| ≤ (|b| + g)/μ, and Nesterov adds μ|b| to g.
-        return lr * (3 * g + (0 if mu == 0 else 2 * state["momentum_buffer"].abs()))
-    beta1, beta2 = (float(beta) for beta in group["betas"])
-    t = float(state["step"])
-    v = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-    denominator = (v / (1 - beta2**t)).sqrt() + group["eps"]
-    return lr / (1 - beta1**t) * (state["exp_avg"].abs() + 2 * (1 - beta1) * g) / denominator
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -252,7 +166,7 @@ def test_profilers_see_the_step_under_torchs_label(name: str):
     optimizer = ours(name)(params, lr=0.1)
     give_gradients((params,), 0)
     optimizer.step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         optimizer.step()
     assert [e.count for e in profile.key_averages() if e.key == f"Optimizer.step#{name}.step"] == [1]
 
