@@ -339,7 +339,7 @@ Cut cut_up(const ScaleProblem& problem, int64_t numbers) {
 }
 
 template <typename T, typename M>
-void add_all(const ScaleProblem& problem, int64_t numbers, M* parts) {
+void add_pieces(const ScaleProblem& problem, int64_t numbers, M* parts) {
   const Cut& cut = problem.cut;
   const int64_t tasks = cut.rows * cut.pieces * cut.chunks;
   const int64_t grain = std::max<int64_t>(1, tasks * LEAST_WORK / std::max<int64_t>(numbers, 1));
@@ -468,7 +468,7 @@ void add_scale_grad_power_cpu(
         total.is_cpu() && total.scalar_type() == math_dtype<M>, "sum_grad_power: wanted a total of ",
         name_of(math_dtype<M>), " for ", name_of(uses.g[0].scalar_type()), ", given ", name_of(total.scalar_type()));
     const Buffer<M> parts(problem.cut.chunks * problem.channels);
-    add_all<T>(problem, numbers, parts.get());
+    add_pieces<T>(problem, numbers, parts.get());
     gather(total, problem.cut.chunks, parts.get());
   });
 }
