@@ -143,31 +143,32 @@ FASTEWC_INLINE const M* side_by_side(const T* from, int64_t step, int64_t n, M* 
 template <typename T, typename M>
 FASTEWC_INLINE const M* normalised(const Place<T, M>& place, const Axis& axis, int64_t n, M* row) {
   const M* x = side_by_side(place.x, axis.step[X], n, row);
-  const auto apply = [&](const M* operand, int64_t step, const auto& f) FASTEWC_INLINE_LAMBDA {
-    if (operand == nullptr) {
-      return;
-    }
-    if (step == 0) {
-      const M number = *operand;
+  const M *shift = place.shift, *factor = place.factor;
+  if (!shift && !factor) {
+    return x;
+  }
+  // One number for the row, as layer norms have it, is the common case; what is absent changes no bit.
+  const M none[2] = {0, 1};
+  shift = shift ? shift : none;
+  factor = factor ? factor : none + 1;
+  const int64_t shift_step = axis.step[SHIFT], factor_step = axis.step[FACTOR];
+  if (shift_step == 0 && factor_step == 0) {
+    const M a = *shift, b = *factor;
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        row[i] = f(x[i], number);
-      }
-    } else if (step == 1) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        row[i] = f(x[i], operand[i]);
-      }
-    } else {
-      for (int64_t i = 0; i < n; ++i) {
-        row[i] = f(x[i], operand[i * step]);
-      }
+    for (int64_t i = 0; i < n; ++i) {
+      row[i] = (x[i] - a) * b;
     }
-    x = row;
-  };
-  apply(place.shift, axis.step[SHIFT], [](M a, M b) FASTEWC_INLINE_LAMBDA { return a - b; });
-  apply(place.factor, axis.step[FACTOR], [](M a, M b) FASTEWC_INLINE_LAMBDA { return a * b; });
-  return x;
+  } else if (shift_step == 1 && factor_step == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      row[i] = (x[i] - shift[i]) * factor[i];
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      row[i] = (x[i] - shift[i * shift_step]) * factor[i * factor_step];
+    }
+  }
+  return row;
 }
 
 // to[i] += Σ_k |g_k[i] x_k[i]|^POWER, where x_k may be absent.
@@ -229,6 +230,24 @@ FASTEWC_INLINE void add_rows(
   }
 }
 
+// Σ f(i) for i < n. Four sums, of a quarter each: one would wait for itself.
+template <typename M, typename F>
+FASTEWC_INLINE M sum_of(int64_t n, const F& f) {
+  const int64_t quarter = n / 4;
+  M a = 0, b = 0, c = 0, d = 0;
+#pragma omp simd reduction(+ : a, b, c, d)
+  for (int64_t i = 0; i < quarter; ++i) {
+    a += f(i);
+    b += f(i + quarter);
+    c += f(i + 2 * quarter);
+    d += f(i + 3 * quarter);
+  }
+  for (int64_t i = 4 * quarter; i < n; ++i) {
+    a += f(i);
+  }
+  return (a + b) + (c + d);
+}
+
 // Σ g x̂ along an axis.
 template <typename T, typename M>
 FASTEWC_INLINE M dot(Place<T, M> place, const Axis& axis, Rows<M>& rows) {
@@ -236,20 +255,12 @@ FASTEWC_INLINE M dot(Place<T, M> place, const Axis& axis, Rows<M>& rows) {
   for (int64_t left = axis.size; left > 0; left -= BLOCK, place = place.moved(axis.step, BLOCK)) {
     const int64_t n = std::min(left, BLOCK);
     const M* g = side_by_side(place.g, axis.step[G], n, rows[0][0]);
-    M part = 0;
     if (place.x) {
       const M* x = normalised(place, axis, n, rows[0][1]);
-#pragma omp simd reduction(+ : part)
-      for (int64_t i = 0; i < n; ++i) {
-        part += g[i] * x[i];
-      }
+      sum += sum_of<M>(n, [&](int64_t i) FASTEWC_INLINE_LAMBDA { return g[i] * x[i]; });
     } else {
-#pragma omp simd reduction(+ : part)
-      for (int64_t i = 0; i < n; ++i) {
-        part += g[i];
-      }
+      sum += sum_of<M>(n, [&](int64_t i) FASTEWC_INLINE_LAMBDA { return g[i]; });
     }
-    sum += part;
   }
   return sum;
 }
@@ -491,22 +502,15 @@ FASTEWC_INLINE void moments_of(const T* x, int64_t size, double eps, bool centre
   double sum = 0, squares = 0;
   if (centred) {
     blocks_of(x, size, row, [&](const M* numbers, int64_t n) FASTEWC_INLINE_LAMBDA {
-      M part = 0;
-#pragma omp simd reduction(+ : part)
-      for (int64_t i = 0; i < n; ++i) {
-        part += numbers[i];
-      }
-      sum += part;
+      sum += sum_of<M>(n, [&](int64_t i) FASTEWC_INLINE_LAMBDA { return numbers[i]; });
     });
   }
   const M mean = static_cast<M>(sum / static_cast<double>(size));
   blocks_of(x, size, row, [&](const M* numbers, int64_t n) FASTEWC_INLINE_LAMBDA {
-    M part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t i = 0; i < n; ++i) {
-      part += (numbers[i] - mean) * (numbers[i] - mean);
-    }
-    squares += part;
+    squares += sum_of<M>(n, [&](int64_t i) FASTEWC_INLINE_LAMBDA {
+      const M distance = numbers[i] - mean;
+      return distance * distance;
+    });
   });
   *shift = mean;
   *factor = static_cast<M>(1 / std::sqrt(squares / static_cast<double>(size) + eps));
