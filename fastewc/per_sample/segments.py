@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from fastewc._dispatch import Impl
-from fastewc.ops.sum_grad_power import add_conv_grad_power, add_sum_grad_power
+from fastewc.ops.sum_grad_power import ScaleUse, add_conv_grad_power, add_scale_grad_power, add_sum_grad_power
 from fastewc.per_sample.layout import Layout
 
 #: Numbers of explicit per-sample gradients that are in memory at a time, where they are formed at all.
@@ -136,32 +136,53 @@ class Conv(Segment):
 
 
 @dataclass
-class Explicit(Segment):
-    """Gradients [N, *shape] that are small enough to be there: biases, scales, tables of positions."""
+class Scale(Segment):
+    """What was multiplied with x̂, or added to something, and broadcast: biases, scales, tables of positions.
 
-    gradients: Tensor
+    g is [N, ...]; the rest, where it is there, is as large, or broadcasts to it: x̂ = (x − shift) factor.
+    """
+
+    g: Tensor
+    shape: tuple[int, ...]
+    x: Tensor | None = None
+    shift: Tensor | None = None
+    factor: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.samples = self.gradients.shape[0]
+        self.samples = self.g.shape[0]
+        if self.x is not None:
+            self.x = self.x.to(self.g.dtype).expand(self.g.shape)
+        arithmetic = torch.float64 if self.double else torch.float32
+        self.shift = None if self.shift is None else self.shift.to(arithmetic)
+        self.factor = None if self.factor is None else self.factor.to(arithmetic)
 
     @property
     def double(self) -> bool:
         """By its gradients."""
-        return self.gradients.dtype == torch.float64
+        return self.g.dtype == torch.float64
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """As they are."""
-        return wide(self.gradients[start:stop])
+        """[n, *shape]."""
+        product = wide(self.g[start:stop])
+        if self.x is not None:
+            x = wide(self.x[start:stop])
+            x = x if self.shift is None else x - self.shift.expand(self.g.shape)[start:stop]
+            x = x if self.factor is None else x * self.factor.expand(self.g.shape)[start:stop]
+            product = product * x
+        return product.sum_to_size((len(product), *self._in_front(), *self.shape)).reshape(len(product), *self.shape)
+
+    def _in_front(self) -> tuple[int, ...]:
+        """1 for every dimension of g that the shape lacks."""
+        return (1,) * (self.g.ndim - 1 - len(self.shape))
 
     def joins(self, other: Segment) -> bool:
-        """Of one shape."""
-        return isinstance(other, Explicit)
+        """Any number of them, of one dtype."""
+        return isinstance(other, Scale) and other.g.dtype == self.g.dtype
 
-    def add_together(self, total: Tensor, segments: Sequence[Explicit], power: int, impl: Impl) -> None:
-        """Elementwise."""
-        gradients = self.gradients if len(segments) == 1 else torch.stack([one.gradients for one in segments]).sum(0)
-        gradients = wide(gradients)
-        total.add_(torch.linalg.vector_norm(gradients, 1, dim=0) if power == 1 else gradients.square().sum(0))
+    def add_together(self, total: Tensor, segments: Sequence[Scale], power: int, impl: Impl) -> None:
+        """One kernel call."""
+        uses = [ScaleUse(one.g, one.x, one.shift, one.factor) for one in segments]
+        add_scale_grad_power(total, uses, power, impl)
 
 
 @dataclass
@@ -349,12 +370,3 @@ def add_explicitly(total: Tensor, segments: Sequence[Segment], power: int) -> No
         for segment in segments[1:]:
             rows = rows + segment.rows(start, stop)
         total.add_(powers(rows, power).sum(0).to(total.dtype))
-
-
-def reduced_to(values: Tensor, shape: Sequence[int]) -> Tensor:
-    """[N, *shape]: ``values`` [N, ...] summed over what an operand of this shape was broadcast over."""
-    values = wide(values)
-    extra = values.ndim - 1 - len(shape)
-    over = [dim for dim in range(1, 1 + extra) if values.shape[dim] != 1]
-    over += [dim + 1 + extra for dim, size in enumerate(shape) if size == 1 and values.shape[dim + 1 + extra] != 1]
-    return (values.sum(dim=over, keepdim=True) if over else values).flatten(0, extra)

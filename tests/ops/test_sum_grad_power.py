@@ -7,7 +7,15 @@ import torch
 from torch.nn import functional
 
 from fastewc._dispatch import choose
-from fastewc.ops.sum_grad_power import add_conv_grad_power, add_sum_grad_power, cases, sum_grad_power
+from fastewc.ops.sum_grad_power import (
+    ScaleUse,
+    add_conv_grad_power,
+    add_scale_grad_power,
+    add_sum_grad_power,
+    cases,
+    row_moments,
+    sum_grad_power,
+)
 from fastewc.testing import assert_all_within_roundings, assert_within_roundings, sum_roundings
 
 CPU = torch.device("cpu")
@@ -65,6 +73,48 @@ def test_is_the_sum_of_per_sample_weight_gradients(p, impl):
     assert_within_roundings(sum_grad_power(x, seed, p, impl), oracle, roundings=64, error_scale=scale)
 
 
+def test_scales_by_hand(impl):
+    # Sample 1: gradient 1·1 + 2·(−1) = −1; sample 2: 3·1 + 1·2 = 5. Of a bias: 1 − 1 = 0 and 1 + 2 = 3.
+    x = torch.tensor([[[1.0], [2.0]], [[3.0], [1.0]]])
+    g = torch.tensor([[[1.0], [-1.0]], [[1.0], [2.0]]])
+    for use, first, second in ((ScaleUse(g, x), 6.0, 26.0), (ScaleUse(g), 3.0, 9.0)):
+        for p, wanted in ((1, first), (2, second)):
+            total = torch.ones(1)
+            add_scale_grad_power(total, [use], p, impl)
+            assert total.tolist() == [1 + wanted]
+    # (x − 1) · 2, of the one and of the other position's use: −2 for sample 1, 4 + 0 for sample 2.
+    total, one, two = torch.zeros(()), torch.tensor(1.0), torch.tensor(2.0)
+    uses = [ScaleUse(g[:, t], x[:, t], one, two) for t in (0, 1)]
+    add_scale_grad_power(total, uses, 1, impl)
+    assert total.item() == 6
+    add_scale_grad_power(total, uses, 2, impl)
+    assert total.item() == 6 + 4 + 16
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "parameter"),
+    [
+        (functional.layer_norm, (5, 7, 6), (6,)), (functional.layer_norm, (5, 7, 6), (7, 6)),
+        (functional.rms_norm, (5, 7, 6), (6,)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("p", [1, 2])
+def test_norms_are_those_of_torch(norm, shape, parameter, p, impl):
+    x, g = 3 + torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    w = torch.randn(parameter, dtype=torch.float64, requires_grad=True)
+    oracle = torch.zeros(parameter, dtype=torch.float64)
+    for n in range(len(x)):
+        (gradient,) = torch.autograd.grad((norm(x[n], parameter, w, eps=1e-3) * g[n]).sum(), w)
+        oracle += gradient.abs() ** p
+    rows = x.flatten(-len(parameter))
+    moments = row_moments(rows, 1e-3, centred=norm is functional.layer_norm, impl=impl)
+    shift, factor = (t.view(*x.shape[: x.ndim - len(parameter)], *[1] * len(parameter)) for t in moments)
+    total, scale = torch.zeros(parameter, dtype=torch.float64), torch.zeros(parameter, dtype=torch.float64)
+    add_scale_grad_power(total, [ScaleUse(g, x, shift, factor)], p, impl)
+    add_scale_grad_power(scale, [ScaleUse(g.abs(), x.abs(), -shift.abs(), factor)], p, "reference")
+    assert_within_roundings(total, oracle, roundings=2 * p * sum_roundings(42) + 64, error_scale=scale)
+
+
 CONVOLUTIONS = [case for case in cases.CASES if isinstance(case, cases.ConvCase)]
 
 
@@ -107,6 +157,11 @@ LARGE = [
     cases.ConvCase(2, 130, 33, (9, 8), (3, 3), padding=1, total="transposed"),
     cases.ConvCase(30, 64, 8, (12, 12), (3, 3), padding=1, p=1),
     cases.ConvCase(2, 70, 70, (20, 17), (3, 3), padding=1, groups=70),
+    # More channels than a block has, more samples than a piece, more positions than a block along them.
+    cases.ScaleCase(70, (1100,), ((1100,),), p=1),
+    cases.ScaleCase(9, (700,), ((30, 700), (700,)), kind="norm", total="gaps"),
+    cases.ScaleCase(5, (9,), ((1300, 9),), kind="statistics", layout="channels_first"),
+    cases.ScaleCase(3, (2, 1, 300), ((2, 60, 300),), kind="bias"),
 ]
 
 
@@ -118,6 +173,15 @@ def test_large_inputs_and_any_number_of_threads(case, ops, threads):
         got, again = (case.run("native", torch.float32) for _ in range(2))
         assert_all_within_roundings(got, oracle, roundings=case.roundings, error_scale=scale, context=f"{count}")
         assert torch.equal(got[0], again[0]), f"not deterministic with {count} threads"
+
+
+@pytest.mark.parametrize("case", LARGE[-4:], ids=lambda c: c.id)
+def test_the_number_of_threads_changes_no_bit_of_a_scale(case, ops, threads):
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        found += case.run("native", torch.float32)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_two_dimensions_are_one_position(impl):
@@ -149,6 +213,25 @@ def test_nothing_but_the_elements_of_the_total_is_written(impl):
     add_sum_grad_power(total, [(torch.randn(4, 5, 15), torch.randn(4, 5, 20))], 2, impl)
     assert not total.isnan().any()
     assert int(memory.isnan().sum()) == memory.numel() - total.numel()
+
+
+def test_nothing_but_the_elements_of_a_scales_total_is_written(impl):
+    memory = torch.full((40, 3, 50), math.nan)
+    total = memory[::2, 1, 3:48:3]
+    total.zero_()
+    add_scale_grad_power(total, [ScaleUse(torch.randn(4, 5, 20, 15), torch.randn(4, 5, 20, 15))], 2, impl)
+    assert (total > 0).all()
+    assert int(memory.isnan().sum()) == memory.numel() - total.numel()
+
+
+def test_nan_and_infinities_stay_with_their_channels(impl):
+    x, g = torch.randn(5, 3, 40), torch.randn(5, 3, 40)
+    x[2, 0, 33], g[1, 0, 5] = math.nan, math.inf
+    total = torch.zeros(40)
+    add_scale_grad_power(total, [ScaleUse(g, x)], 1, impl)
+    assert total[33].isnan() and not total[5].isfinite()
+    total[33] = total[5] = 0
+    assert total.isfinite().all()
 
 
 @pytest.mark.parametrize("T", [1, 3])
@@ -233,6 +316,38 @@ def test_explicit_impl_never_falls_back():
         sum_grad_power(a, a, 2, "cuda")
 
 
+S = torch.ones(2, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("total", "uses", "p", "error", "text"),
+    [
+        (torch.zeros(3), [ScaleUse(S)], 3, ValueError, "p must be 1"),
+        (torch.zeros(4), [ScaleUse(S)], 2, ValueError, r"for a total \[4\]"),
+        (torch.zeros(2, 4, 3), [ScaleUse(S)], 2, ValueError, r"for a total \[2, 4, 3\]"),
+        (torch.zeros(3), [ScaleUse(S), ScaleUse(S[:1])], 2, ValueError, "one N"),
+        (torch.zeros(3), [ScaleUse(S, S[..., :1])], 2, ValueError, r"x \[2, 4, 1\]"),
+        (torch.zeros(3), [ScaleUse(S, None, torch.ones(3))], 2, ValueError, "wanted x"),
+        (torch.zeros(3), [ScaleUse(S, S, torch.ones(4))], 2, ValueError, r"got \[4\] for x"),
+        (torch.zeros(3), [ScaleUse(S, S, None, torch.ones(3).half())], 2, TypeError, "total's dtype"),
+        (torch.zeros(3), [ScaleUse(S, S.half())], 2, TypeError, "must share"),
+        (torch.zeros(3), [ScaleUse(S.double())], 2, TypeError, "total of torch.float32"),
+        (torch.zeros(3), [ScaleUse(S), ScaleUse(S.half())], 2, TypeError, "share one dtype"),
+        (torch.zeros(3), [ScaleUse(1.0)], 2, TypeError, "must be tensors"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(total, uses, p, error, text, impl):
+    with pytest.raises(error, match=text):
+        add_scale_grad_power(total, uses, p, impl)
+    assert not total.any()
+
+
+@pytest.mark.parametrize(("x", "error"), [(torch.tensor(1.0), ValueError), (torch.ones(2).long(), TypeError)])
+def test_moments_are_refused(x, error, impl):
+    with pytest.raises(error, match="got"):
+        row_moments(x, 1e-5, impl=impl)
+
+
 # ---- the registered ops ----
 
 
@@ -243,6 +358,10 @@ def test_opcheck(ops):
         pairs = [a.to(dtype), a.to(dtype)[:, :1]], [g.to(dtype), g.to(dtype)[:, :1]]
         torch.library.opcheck(ops.add_sum_grad_power.default, (torch.zeros(4, 5, dtype=wide), *pairs, 2))
     torch.library.opcheck(ops.add_sum_grad_power.default, (torch.zeros(5, 4).t(), [a], [g], 1))
+    one = torch.ones(1, 1, 1).expand(a.shape)
+    args = (torch.zeros(5), [a, a[:, :1]], [None, a[:, :1]], [None, one[:, :1]], [None, None], 2)
+    torch.library.opcheck(ops.add_scale_grad_power.default, args)
+    torch.library.opcheck(ops.row_moments.default, (torch.zeros(3, 2, 1), torch.zeros(3, 2, 1), a, 1e-5, True))
     x, y = torch.randn(2, 4, 6, 5), torch.randn(2, 6, 3, 3)
     for total in (torch.zeros(6, 2, 3, 3), torch.zeros(6, 2, 3, 3).to(memory_format=torch.channels_last)):
         args = (total, [x], [y], 2, [2, 2], [1, 1], [1, 1], 2)
@@ -271,23 +390,45 @@ def test_the_kernels_repeat_the_checks(ops):
     ):
         with pytest.raises(RuntimeError, match=text):
             ops.add_conv_grad_power(*args)
-    assert not total.any() and not weight.any()
+    bias, none = torch.zeros(5), [None]
+    for args, text in (
+        ((bias, [g], none, none, none, 3), "p 1 or 2, given 3"),
+        ((bias, [g], [], none, none, 2), "given 0, 1, 1 and 1"),
+        ((bias, [g], [g.half()], none, none, 2), "of Float, given Half"),
+        ((bias, [g], [g], [g.double()], none, 2), "of Float, given Double"),
+        ((bias, [g], none, [g], none, 2), "given none"),
+        ((bias.double(), [g], none, none, none, 2), "total of Float"),
+        ((torch.zeros(4), [g], none, none, none, 2), r"a total \[4\] broadcasts"),
+        ((torch.zeros(2, 4, 5), [g], none, none, none, 2), r"a total \[2, 4, 5\] broadcasts"),
+        ((bias, [g, g[:1]], none * 2, none * 2, none * 2, 2), "with N 2"),
+        ((bias, [g], [g[:, :3]], none, none, 2), r"and \[2, 3, 5\]"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            ops.add_scale_grad_power(*args)
+    for args, text in (
+        ((torch.zeros(2, 3, 1), torch.zeros(2, 4, 1), g), "side by side"),
+        ((torch.zeros(2, 4, 1), torch.zeros(2, 4, 1).half(), g), "wanted Float"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            ops.row_moments(*args, 1e-5, True)
+    assert not total.any() and not weight.any() and not bias.any()
 
 
 def test_compiles_to_one_graph(impl):
     torch.compiler.reset()
     a, g, x, y = torch.randn(4, 3, 6), torch.randn(4, 3, 5), torch.randn(2, 3, 8), torch.randn(2, 7, 4)
 
-    def all_three(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def all_of_them(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         add_sum_grad_power(total, [(2 * a, g), (a, g)], 2, impl)
         add_conv_grad_power(
             weight, [(x + 1, y)], 1, stride=(2,), padding=(1,), dilation=(1,), groups=1, impl=impl
         )  # fmt: skip
+        add_scale_grad_power(total[0], [ScaleUse(a, a + 1, a[:, :1, :1], a[0, 0]), ScaleUse(2 * a)], 2, impl)
         return sum_grad_power(a, g, 2, impl) + total
 
     totals = [(torch.zeros(5, 6), torch.zeros(7, 3, 3)) for _ in range(2)]
-    got = torch.compile(all_three, fullgraph=True, backend="aot_eager")(*totals[0])
-    assert torch.equal(got, all_three(*totals[1]))
+    got = torch.compile(all_of_them, fullgraph=True, backend="aot_eager")(*totals[0])
+    assert torch.equal(got, all_of_them(*totals[1]))
     assert all(map(torch.equal, *totals))
 
 

@@ -1,5 +1,7 @@
 """sum_grad_power on inputs of any shape, layout and dtype, against the float64 reference; drawn by hypothesis."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -22,7 +24,7 @@ def native_library() -> None:
         pytest.skip(str(error))
 
 
-def check(case: cases.SegmentsCase | cases.ConvCase, dtype: torch.dtype) -> None:
+def check(case: cases.SegmentsCase | cases.ConvCase | cases.ScaleCase, dtype: torch.dtype) -> None:
     oracle, scale = case.oracle(dtype), case.error_scale(dtype)
     for impl in IMPLS:
         got = case.run(impl, dtype)
@@ -66,4 +68,28 @@ def convolutions(draw: st.DrawFn) -> cases.ConvCase:
 @DRAWN
 @given(case=convolutions(), dtype=dtypes)
 def test_convolutions(case: cases.ConvCase, dtype: torch.dtype) -> None:
+    check(case, dtype)
+
+
+@st.composite
+def scales(draw: st.DrawFn) -> cases.ScaleCase:
+    """Parameters of up to three dimensions, some of size 1; other dimensions in front, and others for each use."""
+    few = st.lists(st.sampled_from([0, 1, 2, 5, 9, 40, 530]), max_size=3)
+    weight = tuple(draw(few.filter(lambda sizes: math.prod(sizes) < 3000)))
+    shapes = []
+    for _ in range(draw(st.integers(0, 3))):
+        own = tuple(size if size != 1 else draw(st.sampled_from([1, 1, 7, 20])) for size in weight)
+        shapes.append((*draw(st.lists(st.sampled_from([0, 1, 2, 3, 11]), max_size=2)), *own))
+    layouts = ["contiguous", "channels_first", "transposed", "expanded"]
+    if all(shapes):
+        layouts.append("time_first")
+    return cases.ScaleCase(
+        N=draw(st.integers(0, 9)), weight=weight, shapes=tuple(shapes), p=draw(powers), total=draw(totals),
+        kind=draw(st.sampled_from(["bias", "scale", "norm", "statistics"])), layout=draw(st.sampled_from(layouts)),
+    )  # fmt: skip
+
+
+@DRAWN
+@given(case=scales(), dtype=dtypes)
+def test_scales_and_biases(case: cases.ScaleCase, dtype: torch.dtype) -> None:
     check(case, dtype)

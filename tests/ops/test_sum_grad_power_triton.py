@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastewc import _dispatch
-from fastewc.ops.sum_grad_power.cases import CASES, Case, ConvCase, SegmentsCase
+from fastewc.ops.sum_grad_power.cases import CASES, Case, ConvCase, MomentsCase, ScaleCase, SegmentsCase
 from fastewc.testing import assert_all_within_roundings
 from tests.ops import interpreter
 from tests.ops.interpreter import DEVICE, needs_kernels
@@ -20,10 +20,14 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 WAYS = [
     Case(70, None, 33, 17, 2), Case(9, 3, 33, 17, 1), Case(9, 80, 33, 17, 2),
     ConvCase(9, 6, 4, (7, 8), (3, 3), padding=1, groups=2), ConvCase(9, 6, 12, (7, 8), (3, 3), padding=1, groups=6),
-    ConvCase(9, 3, 4, (3, 4, 5), (2, 2, 2), stride=2, padding=1, p=1),
+    ConvCase(9, 3, 4, (3, 4, 5), (2, 2, 2), stride=2, padding=1, p=1), ScaleCase(9, (10,), ((70, 10),), kind="bias"),
 ]  # fmt: skip
 # Interpreted, p = 1 where no other case has p = 2: they differ in one function.
-AFFORDABLE = [case for case in CASES if not (interpreter.INTERPRETED and case.p == 1 and replace(case, p=2) in CASES)]
+AFFORDABLE = [
+    case
+    for case in CASES
+    if isinstance(case, MomentsCase) or not (interpreter.INTERPRETED and case.p == 1 and replace(case, p=2) in CASES)
+]
 
 
 @pytest.fixture(autouse=True)

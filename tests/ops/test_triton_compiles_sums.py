@@ -76,6 +76,12 @@ def jobs() -> list[Job]:
             constants = sums.channels_specialisation(dtype, 2, 2, (256, 9, 784), channels_last, generation)
             known = CHANNELS_LAST | {"spread": 1} if channels_last else CONTIGUOUS
             made.append(job(target, "channels", constants, known, dtype))
+        for dtype, channels_last in ((torch.bfloat16, True), (torch.float32, True), (torch.float32, False))[
+            not every :
+        ]:
+            constants = sums.channels_specialisation(dtype, 2, 2, (256, 1, 784), channels_last, generation)  # scales
+            known = CHANNELS_LAST | {"spread": 1} if channels_last else CONTIGUOUS
+            made.append(job(target, "channels", constants, known, dtype))
         for dtype, C in ROWS[not every :]:
             constants = norm.specialisation(dtype, C, TARGETS[target].backend)
             kernel = "_long_row" if constants["BLOCK"] < C else "_whole_rows"

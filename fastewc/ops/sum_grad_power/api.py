@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastewc._dispatch import Impl, choose
+from fastewc.ops.sum_grad_power.schema import ScaleUse
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Segments = Sequence[tuple[Tensor, Tensor]]
@@ -140,6 +141,97 @@ def add_conv_grad_power(
     )  # fmt: skip
 
 
+def add_scale_grad_power(total: Tensor, uses: Sequence[ScaleUse], p: int, impl: Impl = "auto") -> None:
+    """Add Σ_n |Σ_s ∂L_n/∂w|^p to ``total``: the per-sample gradients of a scale w or of a bias, reduced.
+
+    Use s is y = w x̂ + … with x̂ = (x − shift) factor as norms make it, or y = … + w; its gradient is Σ_t g x̂ or Σ_t g
+    over all positions t that w is broadcast to.
+
+    Args:
+        total: of w's shape, float32 (float64 for float64 uses), of any strides; its elements share no memory.
+        uses: g [N, ...] whose other dimensions ``total`` broadcasts to, x of the same shape and dtype or None, shift
+            and factor of the total's dtype that broadcast to x, or None. Positions may differ from use to use, all else
+            is the same. They are summed before |·|^p. Any strides, those of expanded dimensions too. An empty list adds
+            nothing.
+        p: 2 or 1.
+        impl: which implementation; "auto" takes the fastest that runs here, any other runs or raises.
+
+    Raises:
+        TypeError: not tensors, or dtypes that differ or are not supported.
+        ValueError: shapes or devices that do not fit, p other than 1 or 2, an unknown impl.
+        NotImplementedError: an explicit impl that can't run here.
+    """
+    _check_segments([(use.g if use.x is None else use.x, use.g) for use in uses], p, total)
+    checked = []
+    for g, x, shift, factor in uses:
+        fits = (
+            g.shape[:1] == uses[0].g.shape[:1]
+            and g.ndim > total.ndim
+            and (x is None or x.shape == g.shape)
+            and all(a in (1, b) for a, b in zip(reversed(total.shape), reversed(g.shape), strict=False))
+        )
+        if not fits:
+            raise ValueError(
+                f"wanted g and x [N, ...] of one shape and one N, to whose other dimensions the total broadcasts; got "
+                f"g {list(g.shape)}, x {None if x is None else list(x.shape)} for a total {list(total.shape)}"
+            )
+        if x is None:
+            if shift is not None or factor is not None:
+                raise ValueError("wanted x with a shift or a factor, got None: without x there is nothing to normalise")
+            checked.append(ScaleUse(g.detach()))
+        else:
+            moments = (_moment(t, x, total) for t in (shift, factor))
+            checked.append(ScaleUse(g.detach(), x.detach(), *moments))
+    _kernels(impl, total.device).add_scale_grad_power(total, checked, p)
+
+
+def row_moments(x: Tensor, eps: float, *, centred: bool = True, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
+    """What a norm of rows subtracts and multiplies with: (x − shift) factor is the norm of x over its last dimension.
+
+    Args:
+        x: [..., R], float32, float64, bfloat16 or float16.
+        eps: what is added to the variance.
+        centred: whether the mean is subtracted, as layer norms do and RMS norms don't.
+        impl: as in :func:`sum_grad_power`.
+
+    Returns:
+        shift = mean(x), or 0, and factor = 1/√(mean((x − shift)²) + eps), [..., 1], float32 (float64 for float64).
+
+    Raises:
+        TypeError: not a tensor, or of a dtype that is not supported.
+        ValueError: no dimension, or an unknown impl.
+        NotImplementedError: an explicit impl that can't run here.
+    """
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES:
+        raise TypeError(f"x must be a float32, float64, bfloat16 or float16 tensor, got {_kind(x)}")
+    if x.ndim == 0:
+        raise ValueError("wanted x [..., R] of at least 1 dimension, got a scalar")
+    shift, factor = (torch.empty(*x.shape[:-1], 1, dtype=_total_dtype(x), device=x.device) for _ in range(2))
+    _kernels(impl, x.device).row_moments(shift, factor, x.detach(), eps, centred)
+    return shift, factor
+
+
+def _moment(t: Tensor | None, x: Tensor, total: Tensor) -> Tensor | None:
+    """A shift or factor, as large as x."""
+    if t is None:
+        return None
+    if not isinstance(t, Tensor) or t.dtype != total.dtype or t.device != x.device:
+        raise TypeError(
+            f"shift and factor must be tensors of the total's dtype on the uses' device, {total.dtype} on {x.device}; "
+            f"got {_kind(t)}"
+        )
+    try:
+        return t.detach().expand(x.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"wanted a shift and a factor that broadcast to x, got {list(t.shape)} for x {list(x.shape)}"
+        ) from None
+
+
+def _kind(value: object) -> str:
+    return f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def _out_size(
     spatial: Sequence[int],
     kernel: Sequence[int],
@@ -180,7 +272,7 @@ def _total_dtype(a: Tensor) -> torch.dtype:
 
 
 def _kernels(impl: Impl, device: torch.device) -> ModuleType:
-    """The chosen implementation: a module with add_sum_grad_power and add_conv_grad_power of one signature."""
+    """The chosen implementation: a module with functions of one name and signature for each of ours."""
     match choose("sum_grad_power", impl, device):
         case "native":
             from fastewc.ops.sum_grad_power import native

@@ -12,11 +12,21 @@ from torch import Tensor
 
 from fastewc._dispatch import Impl
 from fastewc.ops.sum_grad_power import reference
-from fastewc.ops.sum_grad_power.api import DTYPES, _out_size, add_conv_grad_power, add_sum_grad_power, sum_grad_power
+from fastewc.ops.sum_grad_power.api import (
+    DTYPES,
+    _out_size,
+    add_conv_grad_power,
+    add_scale_grad_power,
+    add_sum_grad_power,
+    row_moments,
+    sum_grad_power,
+)
+from fastewc.ops.sum_grad_power.schema import ScaleUse
 from fastewc.testing import op_dtype, sum_roundings
 
 Segments = list[tuple[Tensor, Tensor]]
 Shape = tuple[int, ...]
+_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -110,9 +120,9 @@ class _AddCase:
     def make_inputs(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Segments]:
         """The total and the segments, of the same values in every dtype: drawn in float64, then rounded."""
         generator = _generator(self.id)
-        total = 4 * torch.rand(*self._weight(), generator=generator, dtype=torch.float64)
+        total = 4 * torch.rand(self._weight(), generator=generator, dtype=torch.float64)
         segments = [
-            [torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in pair]
+            [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in pair]
             for pair in self._shapes()
         ]
         placed = [(_laid_out(a.to(device), self.layout), _laid_out(g.to(device), self.layout)) for a, g in segments]
@@ -227,11 +237,130 @@ class ConvCase(_AddCase):
         return sum(math.prod(out[2:]) for _, out in self._shapes())
 
 
+@dataclass(frozen=True)
+class ScaleCase(_AddCase):
+    """Uses of one scale or bias of shape ``weight`` by N samples; ``shapes`` are those of each, without the samples.
+
+    kind: "bias" (no x), "scale" (x), "norm" (a shift and a factor for each position too) or "statistics" (for each
+        channel).
+    layout: as in other cases; "channels_first" is [N, C, ...] as convolutions and their norms have it.
+    """
+
+    N: int
+    weight: Shape
+    shapes: tuple[Shape, ...]
+    kind: str = "scale"
+
+    def _shapes(self) -> list[tuple[Shape, Shape]]:
+        return [((self.N, *shape), (self.N, *shape)) for shape in self.shapes]
+
+    def _weight(self) -> Shape:
+        return self.weight
+
+    def make_inputs(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, list[ScaleUse]]:  # type: ignore[override]
+        """As every case's; x has a mean other than 0, and what "expanded" makes one is one in memory."""
+        total, segments = super().make_inputs(dtype, device)
+        generator = _generator(self.id + " moments")
+        uses = []
+        for x, g in segments:
+            if self.layout == "expanded":
+                x, g = x[:1].expand_as(x), g[..., :1].expand_as(g)
+            positions = (*g.shape[: g.ndim - len(self.weight)], *([1] * len(self.weight)))
+            shape = positions if self.kind == "norm" else self.weight
+            moments = (
+                (1 + torch.rand(shape, generator=generator, dtype=torch.float64)).to(device, op_dtype(dtype))
+                for _ in range(2)
+            )
+            match self.kind:
+                case "bias":
+                    uses.append(ScaleUse(g))
+                case "scale":
+                    uses.append(ScaleUse(g, x))
+                case _:
+                    uses.append(ScaleUse(g, x + 1, *moments))
+        return total, uses
+
+    def oracle(self, dtype: torch.dtype) -> list[Tensor]:
+        """The float64 reference on the inputs already rounded to ``dtype``."""
+        total, uses = self.make_inputs(dtype)
+        return self._in_float64(total, [(g, x, shift, factor) for g, x, shift, factor in uses])
+
+    def error_scale(self, dtype: torch.dtype) -> list[Tensor]:
+        """As every case's, before x and its shift cancel either."""
+        total, uses = self.make_inputs(dtype)
+        sizes = [
+            (g.abs(), *(None if t is None else t.abs() for t in (x, None if shift is None else -shift, factor)))
+            for g, x, shift, factor in uses
+        ]
+        return self._in_float64(total, [(g, x, None if shift is None else -shift, f) for g, x, shift, f in sizes])
+
+    def _in_float64(self, total: Tensor, uses: list[tuple[Tensor | None, ...]]) -> list[Tensor]:
+        total = total.double()
+        wide = []
+        for g, x, *moments in ([None if t is None else t.double() for t in use] for use in uses):
+            assert g is not None
+            wide.append(ScaleUse(g, x, *(None if t is None else t.expand(g.shape) for t in moments)))
+        reference.add_scale_grad_power(total, wide, self.p)
+        return [total]
+
+    def _add(self, kernels: Any, total: Tensor, segments: Any, **chosen: Impl) -> None:
+        kernels.add_scale_grad_power(total, segments, self.p, **chosen)
+
+    @property
+    def roundings(self) -> float:
+        """As every case's, and p times the three of x̂ and a product."""
+        return super().roundings + 3 * self.p
+
+    def _positions(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes) // max(1, math.prod(self.weight))
+
+
+@dataclass(frozen=True)
+class MomentsCase:
+    """The moments of rows; ``offset`` is their mean, in standard deviations."""
+
+    shape: Shape
+    centred: bool = True
+    offset: float = 0.0
+    dtypes = DTYPES
+
+    @property
+    def id(self) -> str:
+        """A name for test output."""
+        return f"MomentsCase-{_word(self.shape)}-{self.centred}-{self.offset}"
+
+    def make_inputs(self, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+        """Drawn in float64, then rounded."""
+        made = torch.randn(self.shape, generator=_generator(self.id), dtype=torch.float64) + self.offset
+        return made.to(device, dtype)
+
+    def run(self, impl: Impl, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+        """The op on this case's inputs."""
+        return list(row_moments(self.make_inputs(dtype, device), _EPS, centred=self.centred, impl=impl))
+
+    def oracle(self, dtype: torch.dtype) -> list[Tensor]:
+        """The float64 reference on the inputs already rounded to ``dtype``."""
+        return list(row_moments(self.make_inputs(dtype).double(), _EPS, centred=self.centred, impl="reference"))
+
+    def error_scale(self, dtype: torch.dtype) -> list[Tensor]:
+        """mean(|x|); and the factor, more wrong by as much as the mean is larger than the deviation."""
+        x = self.make_inputs(dtype).double()
+        _, factor = row_moments(x, _EPS, centred=self.centred, impl="reference")
+        mean = x.abs().mean(-1, keepdim=True)
+        return [mean, factor * (1 + mean * factor)]
+
+    @property
+    def roundings(self) -> float:
+        """Those of a sum and of a sum of squares, and of what is made of them."""
+        return 2 * sum_roundings(self.shape[-1]) + 8
+
+
 class _Api:
     """The public functions, to be named beside the reference's."""
 
     add_sum_grad_power = staticmethod(add_sum_grad_power)
     add_conv_grad_power = staticmethod(add_conv_grad_power)
+    add_scale_grad_power = staticmethod(add_scale_grad_power)
 
 
 def _generator(name: str) -> torch.Generator:
@@ -250,6 +379,8 @@ def _laid_out(values: Tensor, layout: str) -> Tensor:
             order = [1, 0, *dims[2:]]
         case "channels_last":
             order = [0, *dims[2:], 1]
+        case "channels_first":
+            order = [0, *dims[:0:-1][:1], *dims[1:-1]]
         case "transposed":
             order = [*reversed(dims)]
         case "gaps":
@@ -265,7 +396,7 @@ _SIZES: tuple[tuple[int, int | None, int, int], ...] = (
     (300, 1, 65, 67), (5, 4, 129, 31), (2, 300, 64, 12),
 )  # fmt: skip
 
-CASES: list[Case | SegmentsCase | ConvCase] = [
+CASES: list[Case | SegmentsCase | ConvCase | ScaleCase | MomentsCase] = [
     *(Case(*size, p=p) for size in _SIZES for p in (1, 2)),
     *(Case(*size, p=p, spread="decades") for size in (_SIZES[1], _SIZES[7]) for p in (1, 2)),
     # A weight that is used more than once, in memory of every order.
@@ -292,4 +423,24 @@ CASES: list[Case | SegmentsCase | ConvCase] = [
     ConvCase(2, 3, 5, (4, 5, 6), (3, 2, 1), stride=2, padding=1, dilation=2, p=1),
     ConvCase(2, 6, 4, (3, 4, 3), (2, 2, 2), groups=2, layout="channels_last"),
     ConvCase(0, 3, 4, (5, 5), (3, 3)),
+    # Scales and biases: every kind, broadcast over dimensions in front, behind and between, used more than once.
+    *(ScaleCase(17, (33,), ((33,),), kind="bias", p=p) for p in (1, 2)),
+    *(ScaleCase(17, (33,), ((33,),), kind="scale", p=p) for p in (1, 2)),
+    *(ScaleCase(5, (19,), ((7, 19),), kind=kind, p=2) for kind in ("bias", "scale", "norm", "statistics")),
+    *(
+        ScaleCase(3, (10,), ((3, 6, 10),), kind=kind, layout="channels_first")
+        for kind in ("bias", "scale", "norm", "statistics")
+    ),
+    ScaleCase(130, (600,), ((600,),), kind="scale", total="gaps", p=1),
+    ScaleCase(4, (5, 1, 3), ((2, 5, 9, 3),), kind="norm"),
+    ScaleCase(4, (5, 3), ((5, 3),), kind="statistics", layout="transposed", total="transposed"),
+    ScaleCase(6, (21,), ((4, 21), (21,), (2, 3, 21)), layout="time_first", p=1),
+    ScaleCase(6, (1, 21), ((4, 21), (0, 21)), kind="bias", layout="expanded"),
+    ScaleCase(9, (), ((5, 11), ()), kind="scale", layout="transposed"),
+    ScaleCase(0, (3,), ((2, 3),)),
+    ScaleCase(3, (0,), ((2, 0),)),
+    ScaleCase(3, (4,), ()),
+    *(MomentsCase((7, 33), centred=centred) for centred in (True, False)),
+    *(MomentsCase((2, 3, 1100), offset=offset) for offset in (0.0, 100.0)),
+    MomentsCase((0, 5)),
 ]  # fmt: skip

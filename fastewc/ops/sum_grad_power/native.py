@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastewc.ops.sum_grad_power.schema import SCHEMAS
+from fastewc.ops.sum_grad_power import scales
+from fastewc.ops.sum_grad_power.schema import SCHEMAS, ScaleUse
 
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"fastewc::{_name}", _schema)
@@ -24,9 +25,23 @@ def _(*_: object) -> None:
     pass
 
 
+@torch.library.register_fake("fastewc::add_scale_grad_power")  # type: ignore[untyped-decorator]
+def _(*_: object) -> None:
+    pass
+
+
+@torch.library.register_fake("fastewc::row_moments")  # type: ignore[untyped-decorator]
+def _(*_: object) -> None:
+    pass
+
+
 _add_sum_grad_power = torch.ops.fastewc.add_sum_grad_power.default
 _add_conv_grad_power = torch.ops.fastewc.add_conv_grad_power.default
+_add_scale_grad_power = torch.ops.fastewc.add_scale_grad_power.default
+_row_moments = torch.ops.fastewc.row_moments.default
 Segments = Sequence[tuple[Tensor, Tensor]]
+#: Types of devices with kernels for scales; on others they are depthwise convolutions.
+_SCALES = ("cpu",)
 
 
 @functools.cache
@@ -73,3 +88,22 @@ def add_conv_grad_power(
     _add_conv_grad_power(
         total, [x for x, _ in segments], [g for _, g in segments], p, stride, padding, dilation, groups
     )
+
+
+def add_scale_grad_power(total: Tensor, uses: Sequence[ScaleUse], p: int) -> None:
+    """See ``reference.py`` for the equation."""
+    if total.device.type in _SCALES:
+        g, x, shift, factor = map(list, zip(*uses, strict=True)) if uses else ([], [], [], [])
+        _add_scale_grad_power(total, g, x, shift, factor, p)
+    elif uses and total.numel():
+        depthwise, segments = scales.as_depthwise(total, uses)
+        add_conv_grad_power(depthwise, segments, p, **scales.DEPTHWISE, groups=len(depthwise))
+        total += depthwise.view(total.shape)
+
+
+def row_moments(shift: Tensor, factor: Tensor, x: Tensor, eps: float, centred: bool) -> None:
+    """See ``reference.py`` for the equation."""
+    if x.device.type in _SCALES:
+        _row_moments(shift, factor, x, eps, centred)
+    else:
+        scales.row_moments(shift, factor, x, eps, centred)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastewc.ops.sum_grad_power.schema import ScaleUse
+
 Segments = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -58,6 +60,29 @@ def add_conv_grad_power(
             g_gOT, patches_gIT = g[n].to(total.dtype).reshape(groups, O, T), patches.reshape(groups, I, T)
             gradient += (g_gOT @ patches_gIT.mT).reshape(total.shape)
         total += gradient.abs() if p == 1 else gradient.square()
+
+
+def add_scale_grad_power(total: Tensor, uses: Sequence[ScaleUse], p: int) -> None:
+    """Add Σ_n |Σ_s ∂L_n/∂w|^p of y_s = w x̂_s + … with x̂ = (x − shift) factor, g = ∂L/∂y; x̂ = 1 without x: a bias.
+
+    What w is broadcast over is summed: ∂L_n/∂w = Σ_t g[n,t] x̂[n,t], of the shape of ``total``.
+    """
+    for n in range(uses[0].g.shape[0] if uses else 0):
+        gradient = torch.zeros_like(total)
+        for g, x, shift, factor in uses:
+            product = g[n].to(total.dtype)
+            if x is not None:
+                moved = x[n].to(total.dtype) - (0 if shift is None else shift[n])
+                product = product * (moved if factor is None else moved * factor[n])
+            gradient += product.sum_to_size(total.shape)
+        total += gradient.abs() if p == 1 else gradient.square()
+
+
+def row_moments(shift: Tensor, factor: Tensor, x: Tensor, eps: float, centred: bool) -> None:
+    """shift = mean(x) (0 where not ``centred``) and factor = 1/√(mean((x − shift)²) + eps), over the last dimension."""
+    wide = x.to(shift.dtype)
+    shift.copy_(wide.mean(-1, keepdim=True) if centred else torch.zeros_like(shift))
+    factor.copy_(((wide - shift).square().mean(-1, keepdim=True) + eps).rsqrt())
 
 
 def _patches(

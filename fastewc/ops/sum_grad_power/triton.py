@@ -17,7 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastewc.ops._multi_tensor import on_device, processors
+from fastewc.ops.sum_grad_power import scales
 from fastewc.ops.sum_grad_power.kernels import channels, tiles
+from fastewc.ops.sum_grad_power.scales import row_moments as row_moments
+from fastewc.ops.sum_grad_power.schema import ScaleUse
 from fastewc.ops.sum_grad_power.windows import Windows, stacked, windows_of
 
 Segments = Sequence[tuple[Tensor, Tensor]]
@@ -146,6 +149,14 @@ def add_conv_grad_power(
     if total_OCK.data_ptr() != total.data_ptr():  # kernel positions that no single stride walks
         total.copy_(total_OCK.view(total.shape))
     torch.autograd.graph.increment_version(total)
+
+
+def add_scale_grad_power(total: Tensor, uses: Sequence[ScaleUse], p: int) -> None:
+    """See ``reference.py`` for the equation."""
+    if uses and total.numel():
+        depthwise, segments = scales.as_depthwise(total, uses)
+        add_conv_grad_power(depthwise, segments, p, **scales.DEPTHWISE, groups=len(depthwise))
+        total += depthwise.view(total.shape)
 
 
 def _in_vectors(t: Tensor, width: int, along_positions: bool = True) -> bool:

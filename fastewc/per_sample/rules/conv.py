@@ -102,7 +102,7 @@ def _bias(call: Call, bias: Proxy | Tensor | None) -> list[Use]:
     use = added(call, operand)
 
     def segment(g: Tensor) -> Segment:
-        return use.segment(g.flatten(2).movedim(1, -1) if g.ndim > 2 else g)
+        return use.segment(g.movedim(1, -1))
 
     return [Use(operand, (), segment)]
 

@@ -12,7 +12,7 @@ from fastewc.per_sample.layout import broadcasts
 from fastewc.per_sample.rules.base import Call, Use, is_proxy, rule
 from fastewc.per_sample.rules.linear import added
 from fastewc.per_sample.rules.rerun import pointwise
-from fastewc.per_sample.segments import Explicit, Segment, reduced_to, wide
+from fastewc.per_sample.segments import Scale, Segment
 
 _POINTWISE = (
     "add", "__add__", "__radd__", "sub", "subtract", "__sub__", "__rsub__", "rsub", "mul", "multiply", "__mul__",
@@ -41,11 +41,12 @@ def prelu(call: Call) -> list[Use] | None:
     x, weight = call.bound("input", "weight")
     if is_proxy(x) or x.ndim < 2:
         return None
-    shape = (weight.numel(), *([1] * (x.ndim - 2))) if weight.numel() > 1 else (1,)
 
     def segment(g: Tensor, x: Tensor) -> Segment:
-        product = wide(g) * x.clamp_max(0)
-        return Explicit(reduced_to(call.split(product), shape).reshape(call.samples, *weight.shape))
+        g, x = call.split(g), call.split(x.clamp_max(0))
+        if weight.numel() > 1:
+            g, x = g.movedim(2, -1), x.movedim(2, -1)  # the channels
+        return Scale(g, tuple(weight.shape), x)
 
     return [Use(weight.operand, (x,), segment)]
 
@@ -86,8 +87,7 @@ def mul(call: Call) -> list[Use] | None:
         return None
 
     def segment(g: Tensor, x: Tensor) -> Segment:
-        product = wide(g) * x
-        return Explicit(reduced_to(call.split(product), weight.shape))
+        return Scale(call.split(g), tuple(weight.shape), call.split(x.expand(g.shape)))
 
     return [Use(weight.operand, (x,), segment)]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastewc.per_sample.proxy import Operand, Proxy
 from fastewc.per_sample.rules.base import Call, Use, is_proxy, rule
-from fastewc.per_sample.segments import Explicit, Outer, Segment, reduced_to
+from fastewc.per_sample.segments import Outer, Scale, Segment
 
 
 def added(call: Call, operand: Operand, factor: float = 1.0) -> Use:
@@ -16,8 +16,8 @@ def added(call: Call, operand: Operand, factor: float = 1.0) -> Use:
     shape = operand.value.shape
 
     def segment(g: Tensor) -> Segment:
-        rows = reduced_to(call.split(g), shape)
-        return Explicit(rows if factor == 1.0 else rows * factor)
+        g = call.split(g)
+        return Scale(g, shape, None if factor == 1.0 else g.new_full((), factor))
 
     return Use(operand, (), segment)
 

@@ -1,4 +1,4 @@
-"""Normalisations: x̂ · w + b, with x̂ formed anew in backward."""
+"""Normalisations: x̂ · w + b with x̂ = (x − shift) · factor, which is never formed."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastewc.ops.sum_grad_power import row_moments
 from fastewc.per_sample.rules.base import Call, Use, is_proxy, rule
-from fastewc.per_sample.segments import Explicit, Segment, reduced_to, wide
+from fastewc.per_sample.segments import Scale, Segment, wide
+
+Moments = tuple[Tensor | None, Tensor]
 
 
 def _affine(
-    call: Call, x: Tensor, weight: object, bias: object, normalise: Callable[..., Tensor], *statistics: Tensor,
+    call: Call, x: Tensor, weight: object, bias: object, moments: Callable[..., Moments], *statistics: Tensor,
     channels: bool,
 ) -> list[Use]:  # fmt: skip
-    """The uses of w and b; ``channels``: they belong to dimension 1, not to the last ones."""
+    """The uses of w and b. ``channels``: they belong to dimension 1, not to the last ones.
 
-    def last(t: Tensor) -> Tensor:
-        return t.movedim(1, -1) if channels else t
+    ``moments(x, *statistics)`` gives shift and factor, of as many dimensions as x.
+    """
+
+    def of_samples(t: Tensor) -> Tensor:
+        return call.split(t.movedim(1, -1) if channels else t)
 
     def of_weight(g: Tensor, x: Tensor, *statistics: Tensor) -> Segment:
-        product = wide(g) * normalise(wide(x), *statistics)
-        return Explicit(reduced_to(call.split(last(product)), weight.shape))  # type: ignore[attr-defined]
+        spread = (None if t is None else of_samples(t.expand(x.shape)) for t in moments(x, *statistics))
+        return Scale(of_samples(g), tuple(weight.shape), of_samples(x), *spread)  # type: ignore[attr-defined]
 
     def of_bias(g: Tensor, *_: Tensor) -> Segment:
-        return Explicit(reduced_to(call.split(last(g)), bias.shape))  # type: ignore[attr-defined]
+        return Scale(of_samples(g), tuple(bias.shape))  # type: ignore[attr-defined]
 
     uses = []
     if is_proxy(weight):
@@ -35,6 +41,24 @@ def _affine(
     return uses
 
 
+def _of_rows(x: Tensor, dims: int, eps: float, *, centred: bool = True) -> Moments:
+    """Those of the last dimensions."""
+    shape = (*x.shape[: x.ndim - dims], *([1] * dims))
+    shift, factor = row_moments(x.flatten(x.ndim - dims), eps, centred=centred)
+    return shift.view(shape) if centred else None, factor.view(shape)
+
+
+def _of_groups(x: Tensor, groups: int, eps: float) -> Moments:
+    """Those of groups of channels, for each channel."""
+    N, C = x.shape[:2]
+
+    def each(t: Tensor) -> Tensor:
+        return t.expand(N, groups, C // groups).reshape(N, C, *([1] * (x.ndim - 2)))
+
+    shift, factor = row_moments(x.reshape(N, groups, -1), eps)
+    return each(shift), each(factor)
+
+
 @rule(torch.layer_norm)
 def layer_norm(call: Call) -> list[Use] | None:
     """Over the last dimensions."""
@@ -42,9 +66,7 @@ def layer_norm(call: Call) -> list[Use] | None:
     if is_proxy(x) or call.layout.dim >= x.ndim - len(shape):
         return None
     eps = 1e-5 if eps is None else eps
-    return _affine(
-        call, x, weight, bias, lambda x: torch.layer_norm(x, shape, None, None, eps), channels=False
-    )  # fmt: skip
+    return _affine(call, x, weight, bias, lambda x: _of_rows(x, len(shape), eps), channels=False)
 
 
 @rule(torch.rms_norm)
@@ -54,7 +76,7 @@ def rms_norm(call: Call) -> list[Use] | None:
     if is_proxy(x) or call.layout.dim >= x.ndim - len(shape):
         return None
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    return _affine(call, x, weight, None, lambda x: torch.rms_norm(x, shape, None, eps), channels=False)
+    return _affine(call, x, weight, None, lambda x: _of_rows(x, len(shape), eps, centred=False), channels=False)
 
 
 @rule(torch.group_norm)
@@ -64,9 +86,7 @@ def group_norm(call: Call) -> list[Use] | None:
     if is_proxy(x) or call.layout.dim != 0:
         return None
     eps = 1e-5 if eps is None else eps
-    return _affine(
-        call, x, weight, bias, lambda x: torch.group_norm(x, groups, None, None, eps), channels=True
-    )  # fmt: skip
+    return _affine(call, x, weight, bias, lambda x: _of_groups(x, groups, eps), channels=True)
 
 
 @rule(torch.instance_norm)
@@ -79,11 +99,7 @@ def instance_norm(call: Call) -> list[Use] | None:
         return None
     if not own:
         return _by_statistics(call, x, weight, bias, mean, var, eps)
-
-    def normalise(x: Tensor) -> Tensor:
-        return torch.instance_norm(x, None, None, None, None, True, 0.0, eps, False)
-
-    return _affine(call, x, weight, bias, normalise, channels=True)
+    return _affine(call, x, weight, bias, lambda x: _of_groups(x, x.shape[1], eps), channels=True)
 
 
 @rule(torch.batch_norm)
@@ -100,9 +116,8 @@ def batch_norm(call: Call) -> list[Use] | None:
 def _by_statistics(
     call: Call, x: Tensor, weight: object, bias: object, mean: Tensor, var: Tensor, eps: float
 ) -> list[Use]:
-    shape = (-1, *([1] * (x.ndim - 2)))
+    def moments(x: Tensor, mean: Tensor, inverse: Tensor) -> Moments:
+        shape = (-1, *([1] * (x.ndim - 2)))
+        return mean.view(shape), inverse.view(shape)
 
-    def normalise(x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
-        return (x - mean.view(shape)) * inverse.view(shape)
-
-    return _affine(call, x, weight, bias, normalise, wide(mean), (wide(var) + eps).rsqrt(), channels=True)
+    return _affine(call, x, weight, bias, moments, wide(mean), (wide(var) + eps).rsqrt(), channels=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastewc.per_sample.layout import broadcasts
 from fastewc.per_sample.proxy import Operand, Proxy, found_proxies, replaced
 from fastewc.per_sample.rules.base import Call, Use
-from fastewc.per_sample.segments import Explicit, Reran, Segment, reduced_to
+from fastewc.per_sample.segments import Reran, Scale, Segment
 
 
 def rerun(call: Call) -> list[Use]:
@@ -46,7 +46,7 @@ def pointwise(call: Call) -> list[Use] | None:
                 leaf = operand.plain.expand(shape).detach().requires_grad_()
                 result = again(leaf, saved)
                 (gradient,) = torch.autograd.grad(result, leaf, g.to(result.dtype))
-            return Explicit(reduced_to(call.split(gradient), operand.plain.shape))
+            return Scale(call.split(gradient), tuple(operand.plain.shape))
 
         return segment
 
