@@ -19,8 +19,10 @@ namespace {
 constexpr int64_t BLOCK = 512;
 // Rows that are added up at a time: the sums are then loaded and stored once for all of them.
 constexpr int ROWS_AT_ONCE = 4;
-// Pieces that the work is cut into, and numbers below which a piece is not worth a thread.
+// Pieces that the work is cut into, and numbers below which a piece is not worth a thread. Rows are cut for fewer: short
+// ones take longer.
 constexpr int64_t PIECES = 64;
+constexpr int64_t ROW_PIECES = 8;
 constexpr int64_t LEAST_WORK = 1 << 14;
 // A row of fewer channels than this is no row for vectors.
 constexpr int64_t SHORT = 8;
@@ -337,7 +339,7 @@ FASTEWC_INLINE void add_piece(
   std::copy(total, total + n, to);
 }
 
-// Pieces of about equal size for PIECES threads, if there is so much to do: first of samples, then of channels.
+// Pieces of about equal size, if there is so much to do: first of samples, then of channels.
 Cut cut_up(const ScaleProblem& problem, int64_t numbers) {
   const auto over = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t R = problem.row().size, wanted = std::clamp<int64_t>(numbers / LEAST_WORK, 1, PIECES);
@@ -347,7 +349,7 @@ Cut cut_up(const ScaleProblem& problem, int64_t numbers) {
   cut.pieces = over(R, cut.width);
   cut.chunk = over(problem.samples, std::min(problem.samples, over(wanted, cut.rows * cut.pieces)));
   cut.chunks = over(problem.samples, cut.chunk);
-  const int64_t more = over(wanted, cut.chunks * cut.rows);
+  const int64_t more = over(std::min(wanted, ROW_PIECES), cut.chunks * cut.rows);
   if (more > cut.pieces) {
     cut.width = std::min(cut.width, over(over(R, more), 16) * 16); // whole lines of a cache
     cut.pieces = over(R, cut.width);
