@@ -19,8 +19,10 @@ namespace {
 constexpr int64_t BLOCK = 512;
 // Rows that are added up at a time: the sums are then loaded and stored once for all of them.
 constexpr int ROWS_AT_ONCE = 4;
-// Pieces that the work is cut into, and numbers below which a piece is not worth a thread.
+// Pieces that the work is cut into, and numbers below which a piece is not worth a thread. Rows are cut for fewer: short
+// ones take longer.
 constexpr int64_t PIECES = 64;
+constexpr int64_t ROW_PIECES = 8;
 constexpr int64_t LEAST_WORK = 1 << 14;
 // A row of fewer channels than this is no row for vectors.
 constexpr int64_t SHORT = 8;
@@ -230,20 +232,26 @@ FASTEWC_INLINE void add_rows(
   }
 }
 
-// Σ f(i) for i < n. Four sums, of a quarter each: one would wait for itself.
+// Σ f(i) for i < n. A whole block in four sums, of a quarter each: one would wait for itself. (In a shorter one adding up
+// the lanes of four costs more than that.)
 template <typename M, typename F>
 FASTEWC_INLINE M sum_of(int64_t n, const F& f) {
-  const int64_t quarter = n / 4;
-  M a = 0, b = 0, c = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
-  for (int64_t i = 0; i < quarter; ++i) {
-    a += f(i);
-    b += f(i + quarter);
-    c += f(i + 2 * quarter);
-    d += f(i + 3 * quarter);
+  M a = 0;
+  if (n < BLOCK) {
+#pragma omp simd reduction(+ : a)
+    for (int64_t i = 0; i < n; ++i) {
+      a += f(i);
+    }
+    return a;
   }
-  for (int64_t i = 4 * quarter; i < n; ++i) {
+  constexpr int64_t QUARTER = BLOCK / 4;
+  M b = 0, c = 0, d = 0;
+#pragma omp simd reduction(+ : a, b, c, d)
+  for (int64_t i = 0; i < QUARTER; ++i) {
     a += f(i);
+    b += f(i + QUARTER);
+    c += f(i + 2 * QUARTER);
+    d += f(i + 3 * QUARTER);
   }
   return (a + b) + (c + d);
 }
@@ -331,7 +339,7 @@ FASTEWC_INLINE void add_piece(
   std::copy(total, total + n, to);
 }
 
-// Pieces of about equal size for PIECES threads, if there is so much to do: first of samples, then of channels.
+// Pieces of about equal size, if there is so much to do: first of samples, then of channels.
 Cut cut_up(const ScaleProblem& problem, int64_t numbers) {
   const auto over = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t R = problem.row().size, wanted = std::clamp<int64_t>(numbers / LEAST_WORK, 1, PIECES);
@@ -341,7 +349,7 @@ Cut cut_up(const ScaleProblem& problem, int64_t numbers) {
   cut.pieces = over(R, cut.width);
   cut.chunk = over(problem.samples, std::min(problem.samples, over(wanted, cut.rows * cut.pieces)));
   cut.chunks = over(problem.samples, cut.chunk);
-  const int64_t more = over(wanted, cut.chunks * cut.rows);
+  const int64_t more = over(std::min(wanted, ROW_PIECES), cut.chunks * cut.rows);
   if (more > cut.pieces) {
     cut.width = std::min(cut.width, over(over(R, more), 16) * 16); // whole lines of a cache
     cut.pieces = over(R, cut.width);
