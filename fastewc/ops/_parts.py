@@ -154,13 +154,13 @@ def _arranged(
     copies = []
     mine = [take(entries, chosen) for entries in lists]
     for i, first in enumerate(mine[0]):
-        order = _dense_order(first)
+        order = dense_order(first)
         for entries, column, has, dtype, changes in zip(mine, columns, own, dtypes, written, strict=True):
             if not entries:
                 continue
             tensor = stand_in = entries[i]
             strides = order[: tensor.ndim]  # a counter has no dimensions
-            if has != dtype or not _lies_as(tensor, strides):
+            if has != dtype or not lies_as(tensor, strides):
                 stand_in = torch.empty_strided(tensor.shape, strides, dtype=dtype, device=tensor.device)
                 stand_in.copy_(tensor)
                 if changes:
@@ -169,7 +169,7 @@ def _arranged(
     return Part(own, dtypes, chosen, columns, _addresses(columns), copies)
 
 
-def _dense_order(tensor: Tensor) -> tuple[int, ...]:
+def dense_order(tensor: Tensor) -> tuple[int, ...]:
     """The strides of the tensor if it fills its memory without gaps or overlaps, else those of a contiguous one."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
@@ -179,7 +179,7 @@ def _dense_order(tensor: Tensor) -> tuple[int, ...]:
     return tensor.stride()
 
 
-def _lies_as(tensor: Tensor, order: tuple[int, ...]) -> bool:
+def lies_as(tensor: Tensor, order: tuple[int, ...]) -> bool:
     """Strides of dimensions of size 1 mean nothing; nor do any where there is no element."""
     strides = zip(tensor.stride(), order, tensor.shape, strict=True)
     return tensor.numel() == 0 or all(own == wanted or size == 1 for own, wanted, size in strides)
