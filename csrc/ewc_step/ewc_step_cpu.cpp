@@ -257,8 +257,8 @@ double advance(const Tensor& step) {
 void ewc_step_cpu(
     std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
     std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> max_exp_avg_sqs,
-    std::vector<Tensor> steps, std::vector<Tensor> importances, std::vector<Tensor> anchors,
-    std::vector<Tensor> path_integrals, std::optional<Tensor> clip_coef, std::optional<Tensor> grad_scale,
+    std::vector<Tensor> steps, std::vector<Tensor> importances, std::vector<Tensor> scales,
+    std::vector<Tensor> anchors, std::vector<Tensor> path_integrals, std::optional<Tensor> clip_coef, std::optional<Tensor> grad_scale,
     std::optional<Tensor> found_inf, std::optional<Tensor> live_scalars, std::vector<double> scalars, std::string kind,
     std::string variant, bool maximize, bool nesterov, bool first, bool amsgrad, bool decoupled_weight_decay,
     bool clip_penalty, bool regularized_path) {
@@ -268,7 +268,7 @@ void ewc_step_cpu(
   check_lists(count, {&grads}, {&momentum_buffers, &importances, &path_integrals});
   check_lists(adam ? count : 0, {&exp_avgs, &exp_avg_sqs, &steps}, {});
   check_lists(adam && amsgrad ? count : 0, {&max_exp_avg_sqs}, {});
-  check_lists(importances.size(), {&anchors}, {});
+  check_lists(importances.size(), {&anchors}, {&scales});
   check_scalars(scalars, live_scalars);
   if (live_scalars) {
     const double* live = static_cast<const double*>(live_scalars->const_data_ptr());
@@ -278,7 +278,7 @@ void ewc_step_cpu(
                eps = scalars[5], momentum = scalars[6], dampening = scalars[7];
 
   // Everything is checked before anything is written.
-  Streams streams("ewc_step");
+  Streams streams("ewc_step", importances, scales);
   std::vector<Entry> entries(count);
   std::vector<int64_t> float_sizes(count, 0), double_sizes(count, 0);
   for (size_t i = 0; i < count; ++i) {
@@ -294,7 +294,7 @@ void ewc_step_cpu(
     entry.exp_avg = exp_avgs.empty() ? Stream{} : streams.write(exp_avgs[i]);
     entry.exp_avg_sq = exp_avg_sqs.empty() ? Stream{} : streams.write(exp_avg_sqs[i]);
     entry.max_exp_avg_sq = max_exp_avg_sqs.empty() ? Stream{} : streams.write(max_exp_avg_sqs[i]);
-    entry.importance = importances.empty() ? Stream{} : streams.read(importances[i]);
+    entry.importance = importances.empty() ? Stream{} : streams.read_importance(i);
     entry.anchor = anchors.empty() ? Stream{} : streams.read(anchors[i]);
     entry.path_integral = path_integrals.empty() ? Stream{} : streams.write(path_integrals[i]);
     (params[i].scalar_type() == ScalarType::Double ? double_sizes : float_sizes)[i] = params[i].numel();

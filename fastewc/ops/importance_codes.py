@@ -21,7 +21,7 @@ A task added to what is held must round stochastically: to nearest, an addend be
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -143,6 +143,21 @@ def encode(value: Tensor, parameter: Tensor, generator: torch.Generator | None =
         flat[begin:end] = found.flatten()[: end - begin]
         scales[begin // BLOCK : -(-end // BLOCK)] = own
     return Codes(codes, scales)
+
+
+def split(importances: Sequence[Tensor | Codes | None]) -> tuple[list[Tensor], list[Tensor]]:
+    """(codes or numbers, scales) as kernels take them: scales are empty where there are numbers; no list without codes.
+
+    No entry is None. The scales of a list that has codes are as many as there are importances.
+    """
+    if not any(isinstance(omega, Codes) for omega in importances):
+        return list(importances), []  # type: ignore[arg-type]
+    pairs = [
+        (o.codes, o.scales) if isinstance(o, Codes) else (o, o.new_empty(0).float())
+        for o in importances
+        if o is not None
+    ]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
 def numbers(importance: Tensor | Codes, dtype: torch.dtype) -> Tensor:

@@ -138,8 +138,8 @@ def test_value(dtype: torch.dtype, anchor_dtype: torch.dtype, variant: str) -> N
     params, importances, anchors, _ = weights(dtype, anchor_dtype)
     lrs = rates(len(params))
     op = torch.ops.fastewc.ewc_penalty_value
-    got = op(params, importances, anchors, LAMBDA, lrs, None, variant)
-    live = op(params, importances, anchors, LAMBDA, [], torch.tensor(lrs, dtype=torch.float64), variant)
+    got = op(params, importances, [], anchors, LAMBDA, lrs, None, variant)
+    live = op(params, importances, [], anchors, LAMBDA, [], torch.tensor(lrs, dtype=torch.float64), variant)
     assert torch.equal(got, live)
     assert got.dtype == importances[0].dtype and got.shape == ()
     oracle, scale = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
@@ -158,7 +158,7 @@ def test_grads(dtype: torch.dtype, anchor_dtype: torch.dtype, variant: str, join
     lrs = rates(len(params))
     scale = torch.tensor(0.5)
     got = torch.ops.fastewc.ewc_penalty_grads(
-        params, importances, anchors, grads if joins else [], LAMBDA, lrs, None, variant, True, scale
+        params, importances, [], anchors, grads if joins else [], LAMBDA, lrs, None, variant, True, scale
     )
     for out, w, omega, anchor, own, lr in zip(got, params, importances, anchors, grads, lrs, strict=True):
         assert out.dtype == dtype
@@ -183,14 +183,14 @@ def test_grads_keep_infinities_and_strides() -> None:
     own[0, 0, 0, 0], own[1, 0, 0, 0], own[2, 0, 0, 0] = torch.inf, torch.nan, 60_000
     importances, anchors = [torch.full_like(w, 1e4)], [torch.full_like(w, -1.0)]
     op = torch.ops.fastewc.ewc_penalty_grads
-    (out,) = op([w], importances, anchors, [own], 1.0, [0.0], None, "plain", False, None)
+    (out,) = op([w], importances, [], anchors, [own], 1.0, [0.0], None, "plain", False, None)
     assert out.dtype == torch.float16 and out.stride() == own.stride()
     assert out[0, 0, 0, 0] == torch.inf and out[1, 0, 0, 0].isnan() and out[2, 0, 0, 0] == 65504
     assert (out[3] == 1e4).all()
-    (out,) = op([w], importances, anchors, [], 1.0, [0.0], None, "plain", True, None)
+    (out,) = op([w], importances, [], anchors, [], 1.0, [0.0], None, "plain", True, None)
     assert out.stride() == w.stride() and (out == -1e4).all()
     gaps = torch.zeros(9, 28)[:, ::2]
-    (out,) = op([gaps], [torch.ones(9, 14)], [torch.ones(14, 9).t()], [], 2.0, [0.0], None, "plain", False, None)
+    (out,) = op([gaps], [torch.ones(9, 14)], [], [torch.ones(14, 9).t()], [], 2.0, [0.0], None, "plain", False, None)
     assert out.stride() == torch.empty_like(gaps).stride() and (out == -2).all()
 
 
@@ -201,9 +201,9 @@ def test_hold_back(dtype: torch.dtype, anchor_dtype: torch.dtype) -> None:
     op = torch.ops.fastewc.ewc_hold_back_
     kept = [w.clone() for w in params]
     for flag in (torch.tensor(True), torch.tensor(1.0)):
-        op(params, anchors, importances, LAMBDA, lrs, None, flag)
+        op(params, anchors, importances, [], LAMBDA, lrs, None, flag)
         assert all(torch.equal(a, b) for a, b in zip(params, kept, strict=True))
-    op(params, anchors, importances, LAMBDA, lrs, None, torch.tensor(False))
+    op(params, anchors, importances, [], LAMBDA, lrs, None, torch.tensor(False))
     for w, old, omega, anchor, lr in zip(params, kept, importances, anchors, lrs, strict=True):
         old, omega, anchor = old.double(), omega.double(), anchor.double()
         oracle = penalty.held_back(old, anchor, omega, LAMBDA, lr)
@@ -219,8 +219,8 @@ def test_stats(dtype: torch.dtype, variant: str) -> None:
     sizes = (1, 1025, 0, 3000, 20_000)
     params, importances, anchors, _ = weights(dtype, dtype, sizes)
     lrs = rates(len(params))
-    got = torch.ops.fastewc.ewc_stats_terms(params, importances, anchors, LAMBDA, lrs, None, variant)
-    wanted = penalty.ewc_stats_terms(params, importances, anchors, LAMBDA, lrs, None, variant)
+    got = torch.ops.fastewc.ewc_stats_terms(params, importances, [], anchors, LAMBDA, lrs, None, variant)
+    wanted = penalty.ewc_stats_terms(params, importances, [], anchors, LAMBDA, lrs, None, variant)
     assert got.dtype == torch.float64
     roundings = sum_roundings(sum(sizes)) + 8
     assert_within_roundings(got[:2], wanted[:2], roundings=roundings, dtype=importances[0].dtype)

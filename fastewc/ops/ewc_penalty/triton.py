@@ -22,6 +22,7 @@ from fastewc.ops import _tiles
 from fastewc.ops._parts import Dtypes, parts, take
 from fastewc.ops._tiles import NARROW, aligned, locate, number, pointer, read, scalar, write
 from fastewc.ops.ewc_penalty import schema
+from fastewc.ops.importance_codes import Codes
 
 # Rows of the table. ANCHORS holds the targets of a hold-back too, LRS the bits of float64 numbers, and INDICES the
 # places of the tensors in the caller's lists.
@@ -192,7 +193,7 @@ def specialisation(mode: str, param: torch.dtype, anchor: torch.dtype) -> dict[s
 
 def ewc_penalty_value(
     params: Sequence[Tensor],
-    importances: Sequence[Tensor],
+    importances: Sequence[Tensor | Codes],
     anchors: Sequence[Tensor],
     ewc_lambda: float,
     lrs: Sequence[float],
@@ -201,13 +202,13 @@ def ewc_penalty_value(
 ) -> Tensor:
     """½ Σ c(w − w*)², 0-dim; see ``reference.penalty``."""
     tables = _launch("value", (params, importances, anchors, (), ()), ewc_lambda, lrs, live_lrs, variant)
-    dtype = torch.float64 if any(omega.dtype == torch.float64 for omega in importances) else torch.float32
+    dtype = schema.value_dtype(params, importances)
     return _sums(tables, params[0].device)[0].to(dtype)
 
 
 def ewc_penalty_grads(
     params: Sequence[Tensor],
-    importances: Sequence[Tensor],
+    importances: Sequence[Tensor | Codes],
     anchors: Sequence[Tensor],
     grads: Sequence[Tensor],
     ewc_lambda: float,
@@ -228,7 +229,7 @@ def ewc_penalty_grads(
 def ewc_hold_back_(
     params: Sequence[Tensor],
     targets: Sequence[Tensor],
-    importances: Sequence[Tensor],
+    importances: Sequence[Tensor | Codes],
     ewc_lambda: float,
     lrs: Sequence[float],
     live_lrs: Tensor | None,
@@ -240,7 +241,7 @@ def ewc_hold_back_(
 
 def ewc_stats_terms(
     params: Sequence[Tensor],
-    importances: Sequence[Tensor],
+    importances: Sequence[Tensor | Codes],
     anchors: Sequence[Tensor],
     ewc_lambda: float,
     lrs: Sequence[float],
@@ -258,7 +259,7 @@ def ewc_stats_terms(
 
 def _launch(
     mode: str,
-    lists: tuple[Sequence[Tensor], ...],
+    lists: tuple[Sequence[Any], ...],
     ewc_lambda: float,
     lrs: Sequence[float],
     live_lrs: Tensor | None,
@@ -271,6 +272,8 @@ def _launch(
 ) -> list[multi.Table]:
     """One launch for each set of dtypes; the tables, with the partial sums in their scratch."""
     params, device = lists[0], lists[0][0].device
+    omegas = [o.decoded() if isinstance(o, Codes) else o for o in lists[1]]
+    lists = (params, omegas, *lists[2:])
     skip = None if skip is None else skip.to(device, torch.float32)
     bits = struct.unpack(f"{len(params)}q", struct.pack(f"{len(params)}d", *(lrs or [0.0] * len(params))))
     written = (mode == "hold_back", False, False, False, True)
@@ -301,7 +304,7 @@ def _kernel_dtypes(own: Dtypes) -> Dtypes:
     Where gradients have a dtype of their own, or Ω wants wider arithmetic, all go through tensors of the arithmetic's.
     """
     param, omega, anchor, grad, result = own
-    op = torch.promote_types(op_dtype(param), omega)
+    op = torch.promote_types(op_dtype(param), omega if omega.itemsize >= 4 else param)
     stored = param if {grad, result} <= {param, None} and op == op_dtype(param) else op
     return (stored, op, stored_anchor(stored, anchor), grad and stored, result and stored)
 

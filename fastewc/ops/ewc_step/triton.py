@@ -24,6 +24,7 @@ from fastewc.ops.ewc_penalty.triton import divide, held_back, op_dtype, stiffnes
 from fastewc.ops.ewc_step import counters
 from fastewc.ops.ewc_step.rule import StepRule, StepTensors
 from fastewc.ops.ewc_step.schema import SCALARS, launches, scalars_of
+from fastewc.ops.importance_codes import Codes
 
 COLUMNS = (
     "params", "grads", "momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "importances", "anchors",
@@ -218,6 +219,7 @@ def _step(
 
 
 _FRESH = (COLUMNS.index("grads"),)
+_OMEGAS = COLUMNS.index("importances")
 _WRITTEN = tuple(name not in ("grads", "importances", "anchors") for name in COLUMNS)
 _LIKE_PARAMS = ("params", "grads", "momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
 #: How a float32 tensor that stands in for a 16-bit parameter is rounded before E7 looks at it.
@@ -264,6 +266,7 @@ def ewc_step(
     with multi.on_device(device):
         for launch in launches(rule, tensors):
             lists = [getattr(launch.tensors, name) for name in COLUMNS]
+            lists[_OMEGAS] = [o.decoded() if isinstance(o, Codes) else o for o in lists[_OMEGAS]]
             for part in parts(lists, fresh=_FRESH, wanted=_kernel_dtypes, written=_WRITTEN):
                 op = op_dtype(part.dtypes[0])
                 kappa = None if clip_coef is None else clip_coef.to(device, op)
