@@ -116,7 +116,7 @@ FASTEWC_INLINE void hold_blocks(const Rule<T>& rule, const Entry& entry, int64_t
     T* w = load(entry.param, begin, n, w_buffer);
     const T* omega = load(entry.importance, begin, n, omega_buffer);
     const T* target = load(entry.target, begin, n, target_buffer);
-    stream<T>(n, {w, omega, target}, [&](int64_t i) FASTEWC_INLINE_LAMBDA {
+    stream(n, {w, omega, target}, [&](int64_t i) FASTEWC_INLINE_LAMBDA {
       w[i] = held_back(w[i], target[i], omega[i], alpha_lambda);
     });
     store(entry.param, begin, n, w);

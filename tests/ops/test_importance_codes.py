@@ -8,7 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastewc._dispatch import choose
+from fastewc.ops.ewc_penalty import ewc_hold_back_, ewc_penalty, ewc_stats
+from fastewc.ops.ewc_step import StepRule, StepTensors, ewc_step
 from fastewc.ops.importance_codes import BLOCK, LARGEST, Codes, encode, numbers
+from fastewc.testing import assert_within_roundings
 
 DECADES = 1e-6  # of a block's maximum: what is smaller has no relative bound
 NEAREST, STOCHASTIC = 0.03, 0.06
@@ -168,3 +172,89 @@ def test_damaged_codes_are_named():
     ):
         with pytest.raises(ValueError, match=r"'layer\.weight'"):
             Codes(codes, scales).check("layer.weight")
+
+
+def implementations() -> list[str]:
+    found = ["reference"]
+    try:
+        choose("ewc_step", "native", torch.device("cpu"))
+    except NotImplementedError:
+        return found
+    return [*found, "native"]
+
+
+SHAPES = [(1,), (BLOCK,), (BLOCK + 1,), (70_001,), (0,), (40, 6, 5, 13), (40, 6, 5, 13), (90, 140)]
+
+
+def laid_out() -> tuple[list[Tensor], list[Tensor]]:
+    """Weights, and what decides the order of their codes: the last three lie otherwise than torch's default."""
+    params = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(SHAPES)]
+    params[-3] = params[-3].contiguous(memory_format=torch.channels_last)
+    params[-1] = torch.zeros(90, 280)[:, 1::2].copy_(params[-1])
+    layouts = list(params)
+    layouts[-2] = params[-3]  # the codes of a contiguous weight, channels_last
+    return params, layouts
+
+
+def codes_of(params: list[Tensor], layouts: list[Tensor]) -> list[Codes]:
+    pairs = zip(params, layouts, strict=True)
+    return [encode(drawn(p.numel(), -3, 5, seed=i).view(p.shape), at) for i, (p, at) in enumerate(pairs)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", ["plain", "stabilized", "proximal", "wva"])
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_steps_take_codes_as_the_numbers_that_they_stand_for(kind, variant, dtype):
+    """Around blocks and in every order, gradients that lie otherwise than the weight included."""
+    params, layouts = laid_out()
+    codes = codes_of(params, layouts)
+    for impl in implementations():
+        results = []
+        for omegas in (codes, [one.decoded(torch.promote_types(dtype, torch.float32)) for one in codes]):
+            t = StepTensors([p.to(dtype) for p in params], [p.to(dtype) for p in params], importances=list(omegas))
+            t.grads[5] = t.grads[5].contiguous()
+            t.anchors.extend((1.25 * p).bfloat16() for p in params)
+            if kind == "adam":
+                t.exp_avgs.extend(torch.ones_like(p) for p in t.params)
+                t.exp_avg_sqs.extend(torch.ones_like(p) for p in t.params)
+                t.steps.extend(torch.ones(()) for _ in params)
+            ewc_step(StepRule(kind, lr=0.1, ewc_lambda=3.0, variant=variant), t, impl=impl)
+            results.append(t.params)
+        for i, (a, b) in enumerate(zip(*results, strict=True)):
+            # The kernel for codes is another loop, in which the compiler may fuse other products into sums.
+            assert_within_roundings(a, b.double(), roundings=16, error_scale=b.abs() + 10, context=f"{impl} [{i}]")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_penalty_takes_codes_as_the_numbers_that_they_stand_for(dtype):
+    params, layouts = laid_out()
+    params = [p.to(dtype) for p in params]
+    codes = codes_of(params, layouts)
+    anchors = [(1.25 * p).bfloat16() for p in params]
+    lrs = [0.1] * len(params)
+    shared = {"ewc_lambda": 3.0, "lrs": lrs}
+    for impl in implementations():
+        got = []
+        for omegas in (codes, [one.decoded(torch.promote_types(dtype, torch.float32)) for one in codes]):
+            held = [p.clone().requires_grad_() for p in params]
+            value = ewc_penalty(held, omegas, anchors, variant="stabilized", impl=impl, **shared)
+            pulls = torch.autograd.grad(value, held)
+            stats = ewc_stats(params, omegas, anchors, variant="stabilized", impl=impl, **shared)
+            back = [p.clone() for p in params]
+            ewc_hold_back_(back, anchors, omegas, impl=impl, **shared)
+            got.append((value, *pulls, torch.tensor([*stats.values()]), *back))
+        assert all(map(torch.equal, *got)), impl
+
+
+def test_scales_that_do_not_fit_are_refused():
+    if "native" not in implementations():
+        pytest.skip("needs the native library")
+    w = torch.zeros(3000)
+    codes = encode(torch.ones(3000), w)
+    for scales in (codes.scales[:2], codes.scales.double(), codes.scales.repeat(2)[::2]):
+        tensors = StepTensors([w], [w], importances=[Codes(codes.codes, scales)], anchors=[w])
+        with pytest.raises(RuntimeError, match="scales"):
+            ewc_step(StepRule("sgd", lr=0.1), tensors, impl="native")
+    tensors = StepTensors([w], [codes.codes], importances=[codes], anchors=[w])
+    with pytest.raises(RuntimeError, match="Byte"):
+        ewc_step(StepRule("sgd", lr=0.1), tensors, impl="native")
