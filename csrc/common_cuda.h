@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common.h"
+#include "importance_codes.h"
 
 #include <cuda_runtime.h>
 
@@ -27,6 +28,7 @@ struct Segment {
   int64_t size = 0;
   int first_chunk = 0; // among the chunks of its launch
   int index = 0; // among the tensors of the call
+  const float* scales = nullptr; // of codes (Byte)
   ScalarType dtypes[LISTS] = {};
   bool aligned = true; // every pointer, to 16 bytes
 
@@ -192,6 +194,49 @@ class Loaded {
   }
 
   std::conditional_t<std::is_same_v<M, double>, uint64_t, uint32_t> bits_[N];
+};
+
+// The importance: as any list, or codes of one byte. A tile lies within one block of codes.
+template <typename M, int N>
+class LoadedImportance {
+ public:
+  template <typename S>
+  __device__ __forceinline__ void load(const S& segment, int list, const Tile<N>& tile) {
+    static_assert(CODE_BLOCK % Tile<N>::SIZE == 0);
+    if (segment.dtypes[list] != ScalarType::Byte) {
+      return numbers_.load(segment, list, tile);
+    }
+    const int64_t begin = tile.begin + tile.first;
+    const uint8_t* from = static_cast<const uint8_t*>(segment.data[list]) + begin;
+    scale_ = tile.has(0) ? static_cast<M>(segment.scales[begin / CODE_BLOCK]) : M(0);
+    if (tile.whole) {
+      const Packed packed = *reinterpret_cast<const Packed*>(from);
+      std::memcpy(codes_, &packed, sizeof(packed));
+    } else {
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        codes_[k] = tile.has(k) ? from[k * THREADS] : 0;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void convert(ScalarType dtype, M (&values)[N]) const {
+    if (dtype != ScalarType::Byte) {
+      return numbers_.convert(dtype, values);
+    }
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      values[k] = decoded(codes_[k]) * scale_;
+    }
+  }
+
+ private:
+  using Packed = std::conditional_t<N == 4, uint32_t, uint16_t>; // N bytes
+  static_assert(sizeof(Packed) == N);
+
+  Loaded<M, N> numbers_;
+  uint8_t codes_[N] = {};
+  M scale_ = 0;
 };
 
 template <typename T, typename M, int N>

@@ -42,4 +42,23 @@ inline bool is_dense(const Tensor& t) {
   return true;
 }
 
+// Calls f(offset) with the place in memory of each element, in the order of a contiguous tensor.
+template <typename F>
+void for_each_offset(const Tensor& t, const F& f) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  std::vector<int64_t> index(t.dim(), 0);
+  int64_t offset = 0;
+  for (int64_t left = t.numel(); left > 0; --left) {
+    f(offset);
+    for (int64_t d = t.dim() - 1; d >= 0; --d) {
+      offset += strides[d];
+      if (++index[d] < sizes[d]) {
+        break;
+      }
+      offset -= strides[d] * sizes[d];
+      index[d] = 0;
+    }
+  }
+}
+
 } // namespace fastewc

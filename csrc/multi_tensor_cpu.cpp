@@ -11,7 +11,21 @@ void convert_vectorised(const From* from, To* to, int64_t n) {
 }
 
 template <typename T>
+void decode_vectorised(const uint8_t* codes, T scale, T* to, int64_t n) {
+  vectorised<T>([=]() FASTEWC_INLINE_LAMBDA {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      to[i] = decoded(codes[i]) * scale;
+    }
+  });
+}
+
+template <typename T>
 void read(const Stream& from, int64_t begin, int64_t n, T* to) {
+  if (from.dtype == ScalarType::Byte) {
+    const auto* codes = static_cast<const uint8_t*>(from.data) + begin;
+    return decode_vectorised(codes, static_cast<T>(from.scales[begin / CODE_BLOCK]), to, n);
+  }
   dispatch_floating("read_as", from.dtype, [&](auto zero) {
     convert_vectorised(static_cast<const decltype(zero)*>(from.data) + begin, to, n);
   });

@@ -3,6 +3,7 @@
 
 #include "common.h"
 #include "convert_cpu.h"
+#include "importance_codes.h"
 #include "layout.h"
 
 #include <algorithm>
@@ -14,6 +15,7 @@ namespace fastewc {
 
 // Elements that are worked on at a time: the buffers of a block stay in the first-level cache.
 constexpr int64_t BLOCK = 1024;
+static_assert(CODE_BLOCK == BLOCK); // so codes that are read together have one scale
 // Blocks a thread takes at least; below that, starting threads costs more than it saves.
 constexpr int64_t GRAIN_BLOCKS = 16;
 
@@ -24,6 +26,7 @@ constexpr ScalarType dtype_of = std::is_same_v<T, double> ? ScalarType::Double :
 struct Stream {
   void* data = nullptr;
   ScalarType dtype = ScalarType::Float;
+  const float* scales = nullptr; // of codes (Byte), one for each CODE_BLOCK
 
   explicit operator bool() const {
     return data != nullptr;
@@ -31,7 +34,8 @@ struct Stream {
 };
 
 // Elements [begin, begin + n) of a stream into the buffer, and back, rounded to nearest even. In a file of their own
-// (multi_tensor_cpu.cpp): inlined into every kernel, conversions were most of what there was to compile.
+// (multi_tensor_cpu.cpp): inlined into every kernel, conversions were most of what there was to compile. Codes are read
+// block by block: `begin` is a multiple of BLOCK and n at most that.
 void read_as(const Stream& from, int64_t begin, int64_t n, float* to);
 void read_as(const Stream& from, int64_t begin, int64_t n, double* to);
 void write_as(const float* from, int64_t n, const Stream& to, int64_t begin);
@@ -59,17 +63,27 @@ FASTEWC_INLINE void store(const Stream& stream, int64_t begin, int64_t n, const 
   }
 }
 
-// f(i) for 0 ≤ i < n, vectorised: iterations are independent of each other. The memory behind `pointers` (null ones are
-// absent) is asked for ahead of its use: with seven streams the processor's own prefetching falls behind, and the step
-// of a large model takes 10 % longer.
-template <typename T, typename F>
-FASTEWC_INLINE void stream(int64_t n, std::initializer_list<const T*> pointers, const F& f) {
-  constexpr int64_t STRIDE = 64, AHEAD = 512, LINE = 64 / sizeof(T);
+// Memory that a loop walks from its begin on; null where it is absent.
+struct Walked {
+  const char* data;
+  int64_t element; // bytes
+
+  template <typename E>
+  FASTEWC_INLINE Walked(const E* data) : data(reinterpret_cast<const char*>(data)), element(sizeof(E)) {}
+};
+
+// f(i) for 0 ≤ i < n, vectorised: iterations are independent of each other. The memory that is walked is asked for ahead
+// of its use: with seven streams the processor's own prefetching falls behind, and the step of a large model takes 10 %
+// longer.
+template <typename F>
+FASTEWC_INLINE void stream(int64_t n, std::initializer_list<Walked> memory, const F& f) {
+  constexpr int64_t STRIDE = 64, AHEAD = 512, LINE = 64;
   for (int64_t begin = 0; begin < n; begin += STRIDE) {
-    for (const T* pointer : pointers) {
-      if (pointer != nullptr) {
-        for (int64_t k = 0; k < STRIDE; k += LINE) {
-          __builtin_prefetch(pointer + begin + AHEAD + k);
+    for (const Walked& walked : memory) {
+      if (walked.data != nullptr) {
+        const char* ahead = walked.data + (begin + AHEAD) * walked.element;
+        for (int64_t k = 0; k < STRIDE * walked.element; k += LINE) {
+          __builtin_prefetch(ahead + k);
         }
       }
     }
@@ -84,15 +98,21 @@ FASTEWC_INLINE void stream(int64_t n, std::initializer_list<const T*> pointers, 
 // Makes streams of tensors of one shape. Tensors whose memory is not laid out alike go through contiguous copies.
 class Streams {
  public:
-  Streams(const char* op) : op_(op) {}
+  // `importances` may be codes, and `scales` are theirs: none, or one tensor for each importance.
+  Streams(const char* op, const std::vector<Tensor>& importances, const std::vector<Tensor>& scales)
+      : op_(op), importances_(importances), scales_(scales) {
+    STD_TORCH_CHECK(
+        scales.empty() || scales.size() == importances.size(), op, ": wanted ", importances.size(),
+        " scales or none, given ", scales.size());
+  }
 
-  // The tensors of the next entry; the first one's shape is that of all.
+  // The tensors of the next entry, all `lists` and its importance; the first one's shape is that of all.
   void begin(const Tensor& lead, std::initializer_list<const std::vector<Tensor>*> lists, size_t i) {
     lead_ = &lead;
     linear_ = true;
     for (const auto* list : lists) {
       if (!list->empty()) {
-        check((*list)[i]);
+        check((*list)[i], list == &importances_ ? i : NO_CODES);
         linear_ = linear_ && (*list)[i].is_contiguous();
       }
     }
@@ -112,6 +132,23 @@ class Streams {
     return {copies_.back().mutable_data_ptr(), t.scalar_type()};
   }
 
+  // The importance of the entry.
+  Stream read_importance(size_t i) {
+    const Tensor& t = importances_[i];
+    if (t.scalar_type() != ScalarType::Byte) {
+      return read(t);
+    }
+    const float* scales = static_cast<const float*>(scales_[i].const_data_ptr());
+    const auto* codes = static_cast<const uint8_t*>(t.const_data_ptr());
+    if (linear_ || t.is_contiguous()) {
+      return {const_cast<uint8_t*>(codes), ScalarType::Byte, scales};
+    }
+    copies_.push_back(torch::stable::empty(t.sizes(), ScalarType::Float));
+    float* to = static_cast<float*>(copies_.back().mutable_data_ptr());
+    for_each_offset(t, [&](int64_t offset) { *to++ = decoded(codes[offset]) * scales[offset / CODE_BLOCK]; });
+    return {copies_.back().mutable_data_ptr(), ScalarType::Float};
+  }
+
   Stream write(const Tensor& t) {
     const Stream stream = read(t);
     if (!linear_ && !t.is_contiguous()) {
@@ -128,19 +165,42 @@ class Streams {
   }
 
  private:
-  void check(const Tensor& t) const {
+  static constexpr size_t NO_CODES = ~size_t(0);
+
+  // `i` is the index of an importance, NO_CODES for any other tensor.
+  void check(const Tensor& t, size_t i) const {
     STD_TORCH_CHECK(t.is_cpu(), op_, ": wanted CPU tensors, given one of device index ", t.get_device_index());
     const ScalarType dtype = t.scalar_type();
-    STD_TORCH_CHECK(
-        dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
-            dtype == ScalarType::Half,
-        op_, ": wanted float32, float64, bfloat16 or float16 tensors, given ", name_of(dtype));
+    if (dtype == ScalarType::Byte && i != NO_CODES) {
+      check_codes(t, i);
+    } else {
+      check_floating(dtype);
+    }
     STD_TORCH_CHECK(
         t.sizes() == lead_->sizes(), op_, ": wanted a tensor of its parameter's shape ", shape_of(*lead_), ", given ",
         shape_of(t));
   }
 
+  void check_codes(const Tensor& codes, size_t i) const {
+    STD_TORCH_CHECK(!scales_.empty(), op_, ": wanted the scales of uint8 importances, given none");
+    const Tensor& scales = scales_[i];
+    STD_TORCH_CHECK(
+        scales.is_cpu() && scales.is_contiguous() && scales.scalar_type() == ScalarType::Float &&
+            scales.numel() == code_blocks(codes.numel()),
+        op_, ": wanted ", code_blocks(codes.numel()), " contiguous float32 scales for codes of shape ", shape_of(codes),
+        ", given ", shape_of(scales), " of ", name_of(scales.scalar_type()));
+    STD_TORCH_CHECK(is_dense(codes), op_, ": wanted codes that fill their memory, given ones with gaps");
+  }
+
+  void check_floating(ScalarType dtype) const {
+    STD_TORCH_CHECK(
+        dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+            dtype == ScalarType::Half,
+        op_, ": wanted float32, float64, bfloat16 or float16 tensors, given ", name_of(dtype));
+  }
+
   const char* op_;
+  const std::vector<Tensor>&importances_, &scales_;
   const Tensor* lead_ = nullptr;
   bool linear_ = true;
   std::vector<Tensor> copies_;

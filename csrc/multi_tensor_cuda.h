@@ -113,7 +113,8 @@ inline ScalarType dtype_of(const char* op, const Tensor& t) {
       {aoti_torch_dtype_float32(), ScalarType::Float},
       {aoti_torch_dtype_bfloat16(), ScalarType::BFloat16},
       {aoti_torch_dtype_float16(), ScalarType::Half},
-      {aoti_torch_dtype_float64(), ScalarType::Double}};
+      {aoti_torch_dtype_float64(), ScalarType::Double},
+      {aoti_torch_dtype_uint8(), ScalarType::Byte}}; // codes
   int32_t number = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
   for (const auto& [own, dtype] : known) {
@@ -125,11 +126,28 @@ inline ScalarType dtype_of(const char* op, const Tensor& t) {
       false, op, ": wanted float32, float64, bfloat16 or float16 tensors, given ", name_of(t.scalar_type()));
 }
 
+// Decodes one tensor, in the order of its memory.
+struct CodesArguments {
+  const uint8_t* codes;
+  const float* scales;
+  float* out;
+  int64_t size;
+};
+
+static __global__ void __launch_bounds__(THREADS) decode_kernel(const __grid_constant__ CodesArguments args) {
+  const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x;
+  if (i < args.size) {
+    args.out[i] = decoded(args.codes[i]) * args.scales[i / CODE_BLOCK];
+  }
+}
+
 // Gives kernels the memory of tensors: all tensors of an entry in the layout of its first one and in a dtype that the
 // kernel reads. Where a tensor is otherwise, a copy stands in for it.
 class Streams {
  public:
-  Streams(const char* op, const Place& place) : op_(op), place_(place) {}
+  // `scales` are those of importances that are codes: none, or one tensor for each importance.
+  Streams(const char* op, const Place& place, const std::vector<Tensor>& scales)
+      : op_(op), place_(place), scales_(scales) {}
 
   // The next entry: its kernel computes in `math`, Float or Double, and all its tensors take the layout of `lead`.
   void begin(const Tensor& lead, ScalarType math) {
@@ -142,6 +160,8 @@ class Streams {
   template <typename S>
   void put(S& segment, int list, const Tensor& t, bool written = false, bool only_math = false) {
     const ScalarType own = dtype_of(op_, t);
+    STD_TORCH_CHECK(
+        own != ScalarType::Byte, op_, ": wanted float32, float64, bfloat16 or float16 tensors, given Byte");
     STD_TORCH_CHECK(place_.has(t), op_, ": wanted all tensors on the device of the first parameter");
     STD_TORCH_CHECK(
         t.sizes() == layout_.sizes(), op_, ": wanted a tensor of its parameter's shape ", shape_of(layout_), ", given ",
@@ -158,6 +178,34 @@ class Streams {
     if (written) {
       written_.emplace_back(t, copies_.back());
     }
+  }
+
+  // The importance of entry i.
+  template <typename S>
+  void put_importance(S& segment, int list, const Tensor& t, size_t i) {
+    if (dtype_of(op_, t) != ScalarType::Byte) {
+      return put(segment, list, t);
+    }
+    STD_TORCH_CHECK(i < scales_.size(), op_, ": wanted the scales of uint8 importances, given none");
+    const Tensor& scales = scales_[i];
+    STD_TORCH_CHECK(
+        place_.has(t) && place_.has(scales) && scales.is_contiguous() && scales.scalar_type() == ScalarType::Float &&
+            scales.numel() == code_blocks(t.numel()),
+        op_, ": wanted ", code_blocks(t.numel()), " contiguous float32 scales for codes of shape ", shape_of(t),
+        " on the device of the first parameter, given ", shape_of(scales), " of ", name_of(scales.scalar_type()));
+    STD_TORCH_CHECK(is_dense(t), op_, ": wanted codes that fill their memory, given ones with gaps");
+    const auto* codes = static_cast<const uint8_t*>(t.const_data_ptr());
+    segment.scales = static_cast<const float*>(scales.const_data_ptr());
+    if (t.sizes() == layout_.sizes() && same_strides(t, layout_)) {
+      return segment.put(list, const_cast<uint8_t*>(codes), ScalarType::Byte);
+    }
+    copies_.push_back(empty_as(t, ScalarType::Float)); // blocks are those of the memory of the codes
+    const Tensor numbers = copies_.back();
+    const CodesArguments args = {codes, segment.scales, static_cast<float*>(numbers.mutable_data_ptr()), t.numel()};
+    if (args.size > 0) {
+      place_.launch(decode_kernel, (args.size + THREADS - 1) / THREADS, args);
+    }
+    put(segment, list, numbers);
   }
 
   // 0-dim, on the device; nothing for nothing.
@@ -186,6 +234,7 @@ class Streams {
  private:
   const char* op_;
   const Place& place_;
+  const std::vector<Tensor>& scales_;
   Tensor layout_;
   ScalarType math_ = ScalarType::Float;
   std::vector<Tensor> copies_;

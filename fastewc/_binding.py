@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from fastewc import _state
 from fastewc._names import matches, model_parameters, refuse_dtensor, refuse_fsdp1, trainable_parameters
 from fastewc._optimizers import learning_rates, parameter_ids, unwrap_optimizer
+from fastewc.ops.importance_codes import Codes
 
 
 def protectable(model: nn.Module, exclude: tuple[str, ...]) -> dict[str, nn.Parameter]:
@@ -48,7 +49,7 @@ class Binding:
         self.parameters = dict(parameters)
         self.name_by_id = {id(p): name for name, p in parameters.items()}
 
-    def refresh(self, held: Mapping[str, Tensor]) -> None:
+    def refresh(self, held: Mapping[str, Tensor | Codes]) -> None:
         """Look the parameters up again: those in ``held`` (name → Ω̄), or all protectable ones while nothing is held.
 
         Raises:

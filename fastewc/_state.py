@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastewc import _storage
 from fastewc._names import as_patterns, is_dtensor, matches, op_dtype
+from fastewc._storage import ANCHOR_DTYPES, IMPORTANCE_DTYPES, Held
+from fastewc.ops.importance_codes import Codes, numbers
 
 VARIANTS = ("plain", "stabilized", "proximal", "wva")
 ANCHORS = ("latest", "weighted")
-Held = tuple[Tensor, Tensor]  # (Ω̄, w*) of one parameter
 
 
 def names(items: Iterable[str], most: int = 8) -> str:
@@ -76,31 +78,22 @@ class Options:
             raise ValueError(f"anchor must be one of {', '.join(ANCHORS)}, got {self.anchor!r}")
         if isinstance(self.gamma, bool) or not (isinstance(self.gamma, Real) and 0 <= float(self.gamma) <= 1):
             raise ValueError(f"gamma must be in [0, 1], got {self.gamma!r}")
-        if self.importance_dtype in (torch.bfloat16, torch.uint8):
-            raise NotImplementedError(
-                f"importance_dtype={self.importance_dtype} storage is not implemented yet; use torch.float32"
-            )
-        if self.importance_dtype != torch.float32:
+        if self.importance_dtype not in IMPORTANCE_DTYPES:
             raise ValueError(
                 f"importance_dtype must be torch.float32, torch.bfloat16 or torch.uint8, got {self.importance_dtype!r}"
             )
-        if self.anchor_dtype in (torch.bfloat16, torch.float16):
-            raise NotImplementedError(
-                f"anchor_dtype={self.anchor_dtype} storage is not implemented yet; use None (the parameter's) or "
-                "torch.float32"
-            )
-        if self.anchor_dtype not in (None, torch.float32, torch.float64):
+        if self.anchor_dtype not in ANCHOR_DTYPES:
             raise ValueError(
                 f"anchor_dtype must be None, torch.float32, torch.float64 or torch.bfloat16, got {self.anchor_dtype!r}"
             )
 
     def check_anchor_storage(self, parameters: Mapping[str, Tensor]) -> None:
-        """A running mean in 16 bits would stall under rounding to nearest: refuse it."""
-        low = [n for n, p in parameters.items() if (self.anchor_dtype or p.dtype) in (torch.bfloat16, torch.float16)]
+        """A running mean would stall under rounding to nearest, and float16 has no other here: refuse it."""
+        low = [n for n, p in parameters.items() if (self.anchor_dtype or p.dtype) == torch.float16]
         if self.anchor == "weighted" and low:
             raise NotImplementedError(
-                f"anchor='weighted' with 16-bit anchors is not implemented yet ({names(low)}); give "
-                "anchor_dtype=torch.float32"
+                f"anchor='weighted' with float16 anchors is not implemented ({names(low)}); give "
+                "anchor_dtype=torch.float32 or torch.bfloat16"
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -292,32 +285,48 @@ def checked_importance(
     return found
 
 
-def fold(held: Held | None, fresh: Tensor, parameter: Tensor, options: Options) -> Held:
-    """One parameter's (Ω̄, w*) after a task with importance ``fresh`` that ended at the current weights.
+def fold(held: Held | None, fresh: Tensor, parameter: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """One parameter's (Ω̄, w*) after a task with importance ``fresh`` that ended at the current weights, unrounded.
 
     Ω̄ ← γΩ̄ + Ω_K. "latest" (E11): w* = w_K. "weighted" (E10): w* ← w* + (Ω_K/Ω̄)(w_K − w*) with the new Ω̄, and w_K
     where Ω̄ = 0: the centred form, which does not cancel as ΣΩ_k w_k² − … would.
     """
-    dtype = options.anchor_dtype or parameter.dtype
     now = parameter.detach()
     if held is None:
-        return fresh.clone(), now.to(dtype, copy=True)
-    total = options.gamma * held[0] + fresh
+        return fresh.clone(), now
+    total = options.gamma * numbers(held[0], fresh.dtype) + fresh
     if options.anchor == "latest":
-        return total, now.to(dtype, copy=True)
+        return total, now
     share = torch.where(total > 0, fresh / total, 1.0)
-    return total, torch.lerp(held[1].to(fresh.dtype), now.to(fresh.dtype), share).to(dtype)
+    return total, torch.lerp(held[1].to(fresh.dtype), now.to(fresh.dtype), share)
+
+
+def importances_of(state: Mapping[str, Any]) -> dict[str, Tensor | Codes]:
+    """Ω̄ of a state dict by name, codes joined with their scales; ValueError or TypeError where they do not belong."""
+    found: dict[str, Tensor | Codes] = {}
+    scales = tensors_of({"importance_scales": {}, **state}, "importance_scales")
+    held = tensors_of(state, "importance")
+    coded = {name for name, tensor in held.items() if tensor.dtype == torch.uint8}
+    odd = sorted(coded ^ scales.keys())
+    if odd:
+        raise ValueError(f"uint8 importances and importance_scales must have the same names; not so: {names(odd)}")
+    for name, tensor in held.items():
+        found[name] = Codes(tensor, scales[name]) if name in scales else tensor
+    for name, omega in found.items():
+        if isinstance(omega, Codes):
+            omega.check(name)
+    return found
 
 
 def fit(
-    importance: Mapping[str, Tensor],
+    importance: Mapping[str, Tensor | Codes],
     anchor: Mapping[str, Tensor],
     named: Mapping[str, Tensor],
     options: Options,
     *,
     rename: Mapping[str, str] | None,
     strict: bool,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Changes]:
+) -> tuple[dict[str, Tensor | Codes], dict[str, Tensor], Changes]:
     """Ω̄ and w* for the parameters ``named``: copies of the given ones, renamed; rules and errors of EWC.rebind."""
     if importance.keys() != anchor.keys():
         raise ValueError(
@@ -325,21 +334,24 @@ def fit(
             + listing(("only one has", sorted(importance.keys() ^ anchor.keys())))
         )
     new_name = renamer(importance, rename)
-    importance, anchor = ({new_name[n]: t for n, t in d.items()} for d in (importance, anchor))
+    importance = {new_name[n]: omega for n, omega in importance.items()}
+    anchor = {new_name[n]: star for n, star in anchor.items()}
     changes = Changes(dropped=[n for n in importance if n not in named])
-    out_importance: dict[str, Tensor] = {}
+    out_importance: dict[str, Tensor | Codes] = {}
     out_anchor: dict[str, Tensor] = {}
     for name, p in named.items():
         dtype = options.anchor_dtype or p.dtype
-        out_importance[name] = torch.zeros_like(p, dtype=op_dtype(p), requires_grad=False)
-        out_anchor[name] = p.detach().to(dtype, copy=True)
         if name not in importance:
             changes.added.append(name)
+            zeros = torch.zeros_like(p, dtype=op_dtype(p), requires_grad=False)
+            out_importance[name] = _storage.store_importance(zeros, p, options.importance_dtype)
+            out_anchor[name] = p.detach().to(dtype, copy=True)
             continue
         omega, star = importance[name], anchor[name]
-        if not omega.is_floating_point() or not star.is_floating_point() or omega.shape != star.shape:
+        kinds_fit = isinstance(omega, Codes) or omega.is_floating_point()
+        if not (kinds_fit and star.is_floating_point()) or omega.shape != star.shape:
             raise ValueError(f"the saved importance and anchor of {name!r} are not two float tensors of one shape")
-        if omega.ndim != p.ndim or any(old > new for old, new in zip(omega.shape, p.shape, strict=True)):
+        if star.ndim != p.ndim or any(old > new for old, new in zip(omega.shape, p.shape, strict=True)):
             raise ValueError(
                 f"{name!r} has shape {tuple(p.shape)} now and was {tuple(omega.shape)}: a parameter may grow, never "
                 "shrink"
@@ -348,9 +360,7 @@ def fit(
             changes.grown.append(name)
         if torch.promote_types(star.dtype, dtype) != dtype:
             changes.narrowed.append(name)
-        corner = tuple(slice(0, size) for size in omega.shape)
-        out_importance[name][corner] = omega.to(p.device, op_dtype(p))
-        out_anchor[name][corner] = star.to(p.device, dtype)
+        out_importance[name], out_anchor[name] = _storage.grown(omega, star, p, options.importance_dtype, dtype)
     if strict and changes:
         problems = listing(
             ("missing", changes.added),

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from fastewc._graphs import capturing
 from fastewc._optimizers import learning_rate, unwrap_optimizer
+from fastewc._storage import Held
 from fastewc.ops.ewc_penalty import ewc_hold_back_, ewc_penalty_grads
 from fastewc.optim._base import ProtectedOptimizer
 
@@ -283,9 +284,7 @@ class _Penalty:
             return scale
         return self._replayed if scale is None else scale.reshape(()) * self._replayed
 
-    def _lend(
-        self, optimizer: Optimizer, group: dict[str, Any], params: list[Tensor], held: list[tuple[Tensor, Tensor]]
-    ) -> None:
+    def _lend(self, optimizer: Optimizer, group: dict[str, Any], params: list[Tensor], held: list[Held]) -> None:
         """Put p.grad + c(w − w*) in its place, as p.grad counts: still scaled under GradScaler, flipped by maximize."""
         owns = [p.grad for p in params if p.grad is not None]
         pulled = ewc_penalty_grads(
@@ -323,7 +322,7 @@ class _Penalty:
     def after(self, optimizer: Optimizer) -> None:
         self._give_back(after_the_step=True)
         held = [self.ewc.held(p) for p, _, _ in self._old]
-        importances, anchors = ([pair[k] for pair in held if pair is not None] for k in range(2))
+        importances, anchors = ([pair[0] for pair in held if pair], [pair[1] for pair in held if pair])
         if self._old:
             # E3 moves w′ towards w*, E4 back towards the old weight.
             olds = [anchor if old is None else old for (_, old, _), anchor in zip(self._old, anchors, strict=True)]

@@ -11,17 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastewc import _state, files
+from fastewc import _state, _storage, files
 from fastewc._binding import Binding
 from fastewc._graphs import LiveNumber, capturing
 from fastewc._names import Exclude, as_patterns, model_parameters, op_dtype, require_matches
 from fastewc._optimizers import Owners
 from fastewc._state import Changes, Importances, Options
+from fastewc._storage import Held
 from fastewc.attach import AttachHandle, attach
 from fastewc.importance.base import Importance
 from fastewc.ops.ewc_penalty import ewc_penalty, ewc_stats
+from fastewc.ops.importance_codes import Codes, numbers
 
 LearningRate = float | Tensor | Optimizer | None
+_TENSORS = ("importance", "importance_scales", "anchor")  # of a state dict, each by name
 
 
 class EWC:
@@ -54,15 +57,18 @@ class EWC:
         variant: "plain", "stabilized", "proximal" or "wva".
         gamma: γ in [0, 1]: 1 sums importances, below 1 is online EWC, 0 keeps the last task only.
         anchor: "latest" or "weighted".
-        importance_dtype: storage of Ω: torch.float32 (float64 for float64 parameters). torch.bfloat16 and torch.uint8
-            are not implemented yet.
-        anchor_dtype: storage of w*: None for the parameter's dtype, torch.float32 or torch.float64.
+        importance_dtype: storage of Ω: torch.float32 (float64 for float64 parameters), torch.bfloat16, or torch.uint8:
+            one byte a weight, within 3 % over six decades below the maximum of its block of 1,024 (the format is in
+            fastewc/ops/importance_codes.py). The first task is rounded to nearest; later sums are rounded
+            stochastically from fixed seeds, within 6 % and unbiased, since to nearest small addends would be lost.
+        anchor_dtype: storage of w*: None for the parameter's dtype, torch.float32, torch.float64 or torch.bfloat16,
+            which is exact for weights that come from a bfloat16 checkpoint; else consolidate warns of the rounding.
         exclude: fnmatch patterns of parameter names that stay free; one string is one pattern.
 
     Raises:
         TypeError: model is no module, or an argument has the wrong type.
         ValueError: λ, γ out of range, an unknown option, or no parameter to protect.
-        NotImplementedError: a 16-bit or 8-bit storage dtype, or DTensor parameters.
+        NotImplementedError: anchor="weighted" with float16 anchors, or DTensor parameters.
     """
 
     def __init__(
@@ -87,7 +93,7 @@ class EWC:
             exclude=as_patterns(exclude),
         )
         self._binding = Binding(model, self._options.exclude)
-        self._importance: dict[str, Tensor] = {}  # empty until the first consolidate, as is _anchor
+        self._importance: dict[str, Tensor | Codes] = {}  # empty until the first consolidate, as is _anchor
         self._anchor: dict[str, Tensor] = {}
         self._facts = Importances()
         self._owners = Owners()
@@ -143,21 +149,19 @@ class EWC:
         """The name of a protected parameter; None if ewc does not know it."""
         return self._binding.name_by_id.get(id(parameter))
 
-    def held(self, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
+    def held(self, parameter: Tensor) -> Held | None:
         """(Ω, w*) of one parameter, on its device and of its shape; None where nothing holds it (yet)."""
         name = self._binding.name_by_id.get(id(parameter)) if self.num_tasks else None
         if name is None:
             return None
-        importance, anchor = self._importance[name], self._anchor[name]
-        dtypes = op_dtype(parameter), self._options.anchor_dtype or parameter.dtype
-        if importance.device != parameter.device or (importance.dtype, anchor.dtype) != dtypes:  # after model.to(…)
-            importance = importance.to(parameter.device, dtypes[0])
-            anchor = anchor.to(parameter.device, dtypes[1])
-            self._importance = {**self._importance, name: importance}
-            self._anchor = {**self._anchor, name: anchor}
-        return importance, anchor
+        kept = self._importance[name], self._anchor[name]
+        fitting = _storage.follow(kept, parameter, self._options.importance_dtype, self._options.anchor_dtype)
+        if fitting[0] is not kept[0] or fitting[1] is not kept[1]:  # after model.to(…)
+            self._importance = {**self._importance, name: fitting[0]}
+            self._anchor = {**self._anchor, name: fitting[1]}
+        return fitting
 
-    def held_by_name(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[int, str]]:
+    def held_by_name(self) -> tuple[dict[str, Tensor | Codes], dict[str, Tensor], dict[int, str]]:
         """What :meth:`held` looks up: Ω and w* by name, names by id. None of the three is ever changed in place."""
         return self._importance, self._anchor, self._binding.name_by_id
 
@@ -170,11 +174,13 @@ class EWC:
             strict: True wants exactly the protected names; False lets a missing name add 0.
 
         Raises:
-            ValueError: names or shapes that are not ewc's, a value that is NaN, infinite or negative (the parameter is
-                named), an importance from zero samples, an ``exclude`` pattern that matches nothing (first call).
+            ValueError: names or shapes that are not ewc's; a value that is NaN, infinite, negative, or beyond what
+                importance_dtype holds (the parameter is named); an importance from zero samples; an ``exclude`` pattern
+                that matches nothing (first call).
             TypeError: no mapping of tensors.
             NotImplementedError: DTensor values.
-            After any error nothing has changed.
+            After any error nothing has changed. A UserWarning says how much 16-bit anchors were rounded, where they
+            were.
         """
         if not isinstance(importance, Mapping):
             raise TypeError(f"importance must map parameter names to tensors, got {type(importance).__name__}")
@@ -192,17 +198,30 @@ class EWC:
         fresh = _state.checked_importance(
             importance, parameters, self.exclude, model_parameters(self.model), strict=strict
         )
+        new_importance: dict[str, Tensor | Codes] = {}
+        new_anchor: dict[str, Tensor] = {}
+        rounding = _storage.AnchorRounding()
         with torch.no_grad():
-            folded = {}
             for name, value in fresh.items():
-                held = None if first else self.held(parameters[name])
-                folded[name] = _state.fold(held, value, parameters[name], self._options)
-            _state.check_finite(
-                {name: omega for name, (omega, _) in folded.items()}, "the summed importance (Ω̄ ← γΩ̄ + Ω)"
-            )
-        self._importance = {name: omega for name, (omega, _) in folded.items()}
-        self._anchor = {name: anchor for name, (_, anchor) in folded.items()}
+                p, kind = parameters[name], self._options.importance_dtype
+                omega, anchor = _state.fold(None if first else self.held(p), value, p, self._options)
+                _state.check_finite({name: omega}, "the summed importance (Ω̄ ← γΩ̄ + Ω)")
+                _storage.check_range(name, omega, kind)
+                draws = None if first else _storage.draws(name, self.num_tasks, p)
+                new_importance[name] = _storage.store_importance(omega, p, kind, draws)
+                running = draws if self.anchor == "weighted" else None
+                new_anchor[name] = _storage.store_anchor(anchor, self._options.anchor_dtype or p.dtype, running)
+                rounding.add(anchor, new_anchor[name])
+        self._importance, self._anchor = new_importance, new_anchor
         self._facts.add(importance)
+        if rounding.largest > 0:
+            warnings.warn(
+                f"anchors were rounded to {self._options.anchor_dtype or 'the dtype of their parameters'}, by: "
+                f"{rounding}. Weights from a bfloat16 checkpoint have no such error; for others "
+                "anchor_dtype=torch.float32 avoids it.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def rebind(
         self, model: nn.Module | None = None, *, rename: Mapping[str, str] | None = None, strict: bool = True
@@ -313,7 +332,7 @@ class EWC:
             variant=variant,
         )
 
-    def _tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def _tensors(self) -> tuple[list[Tensor], list[Tensor | Codes], list[Tensor]]:
         self._binding.refresh(self._importance)
         pairs = [(p, self.held(p)) for p in self._binding.parameters.values()]
         held = [(p, *pair) for p, pair in pairs if pair is not None]
@@ -355,9 +374,10 @@ class EWC:
 
     def importances(self) -> Importance:
         """Ω̄ by name: a copy, float32 (float64 for float64 parameters); zeros of no samples before the first task."""
-        state = self.state_dict()["importance"]
+        held = _state.importances_of(self.state_dict())
+        dtypes = {n: op_dtype(p) for n, p in self._binding.parameters.items()}
         return Importance(
-            {n: t.clone() for n, t in state.items()},
+            {n: numbers(omega, dtypes[n]).clone() for n, omega in held.items()},
             num_samples=self._facts.num_samples,
             method=self._facts.method,
         )
@@ -369,24 +389,21 @@ class EWC:
     def state_dict(self) -> dict[str, Any]:
         """Everything, as plain dicts and tensors: "importance" and "anchor" by name, and the options.
 
+        With importance_dtype=torch.uint8 "importance" holds codes and "importance_scales" their scales, one for 1,024
+        codes in the order of their memory; else the latter is empty.
+
         The same keys before the first task (zeros, and the current weights). Tensors are ewc's own, not copies.
         """
         if self.num_tasks:
             for p in self._binding.parameters.values():
                 self.held(p)  # follow the model's device and dtype
-            importance, anchor = dict(self._importance), dict(self._anchor)
+            held, anchor = self._importance, dict(self._anchor)
         else:
             self._binding.refresh(self._importance)
-            anchor = {
-                n: p.detach().to(self._options.anchor_dtype or p.dtype, copy=True)
-                for n, p in self._binding.parameters.items()
-            }
-            importance = {
-                n: torch.zeros_like(p, dtype=op_dtype(p), requires_grad=False)
-                for n, p in self._binding.parameters.items()
-            }
+            held, anchor, _ = _state.fit({}, {}, self._binding.parameters, self._options, rename=None, strict=False)
         return {
-            "importance": importance,
+            "importance": {n: omega.codes if isinstance(omega, Codes) else omega for n, omega in held.items()},
+            "importance_scales": {n: omega.scales for n, omega in held.items() if isinstance(omega, Codes)},
             "anchor": anchor,
             **self._facts.as_dict(),
             **self._options.as_dict(),
@@ -407,8 +424,12 @@ class EWC:
             OSError: the file cannot be written; an older file of that name is unchanged.
         """
         state = self.state_dict()
-        tensors = {f"{kind}/{name}": t for kind in ("importance", "anchor") for name, t in state[kind].items()}
-        header = {key: value for key, value in state.items() if key not in ("importance", "anchor")}
+        for name, omega in _state.importances_of(state).items():
+            if isinstance(omega, Codes):  # a file has one order of elements: scales must be those of that order
+                plain = omega.relaid(torch.empty(omega.shape, dtype=torch.uint8, device=omega.device))
+                state["importance"][name], state["importance_scales"][name] = plain.codes, plain.scales
+        tensors = {f"{kind}/{name}": t for kind in _TENSORS for name, t in state[kind].items()}
+        header = {key: value for key, value in state.items() if key not in _TENSORS}
         files.save_tensors(path, tensors, header, "ewc")
 
     @classmethod
@@ -436,10 +457,10 @@ class EWC:
             ValueError: truncated, damaged or foreign file, one of a newer format, or of another model.
         """
         tensors, header = files.load_tensors(path, "ewc")
-        state: dict[str, Any] = {**header, "importance": {}, "anchor": {}}
+        state: dict[str, Any] = {**header, **{kind: {} for kind in _TENSORS}}
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
-            if kind not in ("importance", "anchor"):
+            if kind not in _TENSORS:
                 raise ValueError(f"{path}: unexpected entry {key!r} (damaged file)")
             state[kind][name] = tensor
         ewc = cls(model, ewc_lambda=0.0, exclude=Options.from_dict(state).exclude)
@@ -455,14 +476,15 @@ class EWC:
         binding = Binding(model, options.exclude)
         options.check_anchor_storage(binding.parameters)
         importance, anchor, changes = _state.fit(
-            _state.tensors_of(state, "importance"),
+            _state.importances_of(state),
             _state.tensors_of(state, "anchor"),
             binding.parameters,
             options,
             rename=rename,
             strict=strict,
         )
-        _state.check_finite(importance, "the loaded importance")
+        plain = {name: omega for name, omega in importance.items() if isinstance(omega, Tensor)}
+        _state.check_finite(plain, "the loaded importance")
         _state.require_finite(anchor, "the loaded anchor")
         self._options, self._facts, self._binding = options, facts, binding
         self._importance, self._anchor = (importance, anchor) if facts.num_tasks else ({}, {})

@@ -47,10 +47,10 @@ def test_state_follows_the_model_dtype():
     assert all(t.dtype == torch.float32 for t in ewc.importances().values())
 
 
-def test_weighted_anchor_needs_more_than_16_bits():
+def test_weighted_anchor_needs_more_than_float16():
     with pytest.raises(NotImplementedError, match=r"anchor_dtype=torch\.float32"):
-        EWC(net().bfloat16(), ewc_lambda=1.0, anchor="weighted")
-    model = net().bfloat16()
+        EWC(net().half(), ewc_lambda=1.0, anchor="weighted")
+    model = net().half()
     ewc = EWC(model, ewc_lambda=1.0, anchor="weighted", anchor_dtype=torch.float32)
     ewc.consolidate(importance_of(model))
     assert all(t.dtype == torch.float32 for t in ewc.anchors().values())
@@ -172,13 +172,13 @@ def test_a_head_that_came_late_is_told_how_to_join():
         ewc.consolidate({n: torch.ones_like(p) for n, p in model[2].named_parameters(prefix="2")})
 
 
-def test_weighted_anchors_are_refused_in_16_bits_whenever_the_model_gets_there():
+def test_weighted_anchors_are_refused_in_float16_whenever_the_model_gets_there():
     model = net()
     ewc = EWC(model, ewc_lambda=1.0, anchor="weighted")
     ewc.consolidate(importance_of(model))
-    model.bfloat16()
+    model.half()
     for call in (lambda: ewc.consolidate(importance_of(model)), ewc.rebind):
-        with pytest.raises(NotImplementedError, match="16-bit anchors"):
+        with pytest.raises(NotImplementedError, match="float16 anchors"):
             call()
 
 

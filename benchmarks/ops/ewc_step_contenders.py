@@ -23,6 +23,7 @@ from benchmarks.ops.model_shapes import Shape
 from fastewc import _dispatch
 from fastewc.ops.ewc_step import StepRule
 from fastewc.ops.ewc_step.cases import Case
+from fastewc.ops.importance_codes import encode, numbers
 from fastewc.testing import unit_roundoff
 
 #: Steps that were made before the one that is timed.
@@ -36,7 +37,8 @@ LAMBDA = 10.0
 class Board:
     """The memory of one model on one device.
 
-    Ω spans ten decades, αλΩ reaches 1 (plain EWC under SGD stays stable), and w is near w*.
+    Ω spans ten decades, αλΩ reaches 1 (plain EWC under SGD stays stable), and w is near w*. Ω and w* are numbers that
+    one byte and bfloat16 hold, so that everyone computes with the same ones; what is too small for a code is 0.
     """
 
     def __init__(self, shapes: Sequence[Shape], device: str) -> None:
@@ -46,11 +48,12 @@ class Board:
         def normal(std: float) -> list[Tensor]:
             return [torch.empty(shape, device=device).normal_(0, std, generator=generator) for shape in shapes]
 
-        self.anchors = normal(0.02)
-        self.importances = [
+        self.anchors = [t.bfloat16().float() for t in normal(0.02)]
+        spread = [
             torch.empty(shape, device=device).uniform_(-8, 2, generator=generator).mul_(math.log(10)).exp_()
             for shape in shapes
         ]
+        self.importances = [encode(omega, omega).decoded() for omega in spread]
         self.grads, self.scratch_grads = normal(1e-3), [torch.empty(shape, device=device) for shape in shapes]
         self.exp_avgs, self.exp_avg_sqs = normal(1e-3), [t.square_() for t in normal(1e-3)]
         self.model = nn.ParameterList(nn.Parameter(anchor.clone()) for anchor in self.anchors)
@@ -99,18 +102,20 @@ class Contender:
         prepare: gives the gradients; not timed.
         call: makes the step.
         roundings: how far it may be from float64, in roundings on the error scale.
+        held_bytes: of Ω and w* of one weight.
     """
 
     rule: StepRule
     prepare: Callable[[], object]
     call: Callable[[], object]
     roundings: float = Case.roundings
+    held_bytes: int = 8
 
     @property
     def bytes_per_weight(self) -> int:
-        """float32 numbers that must be read and written, four bytes each: w, g and the moments; Ω and w*."""
+        """What must be read and written: w, g and the moments, four bytes each; Ω and w*."""
         moved = 7 if self.rule.kind == "adam" else 5
-        return 4 * (moved + (2 if self.rule.ewc_lambda else 0))
+        return 4 * moved + (self.held_bytes if self.rule.ewc_lambda else 0)
 
 
 Builder = Callable[[Board], Contender]
@@ -264,24 +269,28 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def ewc_of(board: Board, variant: str) -> fastewc.EWC:
+def ewc_of(board: Board, variant: str, *, compact: bool = False) -> fastewc.EWC:
+    """Over the board's own Ω and w*; ``compact``: over uint8 codes and bfloat16 copies of them, which lose nothing."""
     board.rest()
-    ewc = fastewc.EWC(board.model, ewc_lambda=LAMBDA, variant=variant)
+    stored = {"importance_dtype": torch.uint8, "anchor_dtype": torch.bfloat16} if compact else {}
+    ewc = fastewc.EWC(board.model, ewc_lambda=LAMBDA, variant=variant, **stored)
     ewc.consolidate({name: board.importances[int(name)] for name, _ in board.model.named_parameters()})
     for p, importance, anchor in zip(board.params, board.importances, board.anchors, strict=True):
         held = ewc.held(p)
-        assert held is not None and torch.equal(held[0], importance) and torch.equal(held[1], anchor)
-        held[0].set_(importance)
-        held[1].set_(anchor)
+        assert held is not None
+        assert torch.equal(numbers(held[0], importance.dtype), importance) and torch.equal(held[1].float(), anchor)
+        if isinstance(held[0], Tensor):
+            held[0].set_(importance)
+            held[1].set_(anchor)
     return ewc
 
 
-def fastewc_step(rule: StepRule, variant: str | None, impl: str, board: Board) -> Contender:
+def fastewc_step(rule: StepRule, variant: str | None, impl: str, board: Board, *, compact: bool = False) -> Contender:
     _dispatch.choose("ewc_step", impl, board.device)
-    ewc = None if variant is None else ewc_of(board, variant)
+    ewc = None if variant is None else ewc_of(board, variant, compact=compact)
     rule = rule if variant is None else protected(rule, variant)
     optimizer = board.seat(optimizer_of(fastewc.optim, rule, board.params, ewc=ewc, impl=impl))
-    return Contender(rule, board.give_grads, optimizer.step)
+    return Contender(rule, board.give_grads, optimizer.step, held_bytes=3 if compact else 8)
 
 
 def attached(board: Board) -> Contender:
@@ -314,5 +323,7 @@ def builders(compile_seconds: float) -> dict[str, Builder]:
         for variant in (*VARIANTS, None):
             name = f"fastewc AdamW {variant or 'without ewc'} [{impl}]"
             found[name] = partial(fastewc_step, ADAMW, variant, impl)
+        name = f"fastewc AdamW stabilized, uint8 Ω and bfloat16 w* [{impl}]"
+        found[name] = partial(fastewc_step, ADAMW, "stabilized", impl, compact=True)
         found[f"fastewc SGD stabilized [{impl}]"] = partial(fastewc_step, SGD, "stabilized", impl)
     return found

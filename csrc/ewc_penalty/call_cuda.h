@@ -56,14 +56,14 @@ struct Weights {
   M w[N], omega[N], anchor[N];
 
   __device__ __forceinline__ Weights(const PenaltySegment& segment, const Tile<N>& tile) {
-    Loaded<M, N> stored[3];
-#pragma unroll
-    for (int list = PARAM; list <= ANCHOR; ++list) {
-      stored[list].load(segment, list, tile);
-    }
-    stored[PARAM].convert(segment.dtypes[PARAM], w);
-    stored[IMPORTANCE].convert(segment.dtypes[IMPORTANCE], omega);
-    stored[ANCHOR].convert(segment.dtypes[ANCHOR], anchor);
+    Loaded<M, N> stored_w, stored_anchor;
+    LoadedImportance<M, N> importance;
+    stored_w.load(segment, PARAM, tile);
+    importance.load(segment, IMPORTANCE, tile);
+    stored_anchor.load(segment, ANCHOR, tile);
+    stored_w.convert(segment.dtypes[PARAM], w);
+    importance.convert(segment.dtypes[IMPORTANCE], omega);
+    stored_anchor.convert(segment.dtypes[ANCHOR], anchor);
   }
 };
 
@@ -84,14 +84,16 @@ class Call {
  public:
   Call(
       const char* op, const std::vector<Tensor>& params, const std::vector<Tensor>& importances,
-      const std::vector<Tensor>& anchors, double ewc_lambda, std::vector<double> lrs,
-      const std::optional<Tensor>& live_lrs, const std::string& variant)
-      : place(first_of(op, params)), streams(op, place), op_(op), lrs_(std::move(lrs)) {
+      const std::vector<Tensor>& scales, const std::vector<Tensor>& anchors, double ewc_lambda,
+      std::vector<double> lrs, const std::optional<Tensor>& live_lrs, const std::string& variant)
+      : place(first_of(op, params)), streams(op, place, scales), op_(op), lrs_(std::move(lrs)) {
     const size_t count = params.size(), given = live_lrs ? live_lrs->numel() : lrs_.size();
     STD_TORCH_CHECK(
-        importances.size() == count && anchors.size() == count && given == count, op,
-        ": wanted an importance, an anchor and a learning rate for each of ", count, " params, given ",
-        importances.size(), ", ", anchors.size(), " and ", given);
+        importances.size() == count && anchors.size() == count && given == count &&
+            (scales.empty() || scales.size() == count),
+        op,
+        ": wanted an importance, an anchor, a learning rate and, with codes, scales for each of ", count,
+        " params, given ", importances.size(), ", ", anchors.size(), ", ", given, " and ", scales.size());
     STD_TORCH_CHECK(
         variant == "plain" || variant == "stabilized", op, ": wanted variant \"plain\" or \"stabilized\", given \"",
         variant, "\"");
@@ -117,7 +119,11 @@ class Call {
     segment.lr = lrs_[entries_++];
     streams.begin(layout, wide ? ScalarType::Double : ScalarType::Float);
     for (const auto& [list, tensor, written] : members) {
-      streams.put(segment, list, tensor, written);
+      if (list == IMPORTANCE) {
+        streams.put_importance(segment, list, tensor, segment.index);
+      } else {
+        streams.put(segment, list, tensor, written);
+      }
     }
     if (segment.size > 0) {
       (wide ? doubles_ : floats_).push_back(segment);

@@ -3,6 +3,7 @@
 // fastewc/ops/ewc_penalty/reference.py is the specification; the schemas are in fastewc/ops/ewc_penalty/schema.py.
 #include "../ewc_step/rule.h"
 #include "../multi_tensor_cpu.h"
+#include "arithmetic.h"
 #include "terms.h"
 
 #include <array>
@@ -115,7 +116,7 @@ FASTEWC_INLINE void hold_blocks(const Rule<T>& rule, const Entry& entry, int64_t
     T* w = load(entry.param, begin, n, w_buffer);
     const T* omega = load(entry.importance, begin, n, omega_buffer);
     const T* target = load(entry.target, begin, n, target_buffer);
-    stream<T>(n, {w, omega, target}, [&](int64_t i) FASTEWC_INLINE_LAMBDA {
+    stream(n, {w, omega, target}, [&](int64_t i) FASTEWC_INLINE_LAMBDA {
       w[i] = held_back(w[i], target[i], omega[i], alpha_lambda);
     });
     store(entry.param, begin, n, w);
@@ -185,9 +186,12 @@ class Call {
  public:
   Call(
       const char* op, const std::vector<Tensor>& params, const std::vector<Tensor>& importances,
-      const std::vector<Tensor>& targets, const std::vector<double>& lrs, const std::optional<Tensor>& live_lrs,
-      const std::vector<Tensor>& grads = {}, const std::vector<Tensor>& outs = {}, bool in_place = false)
-      : streams_(op), entries_(params.size()), float_sizes_(params.size(), 0), double_sizes_(params.size(), 0) {
+      const std::vector<Tensor>& scales, const std::vector<Tensor>& targets, const std::vector<double>& lrs,
+      const std::optional<Tensor>& live_lrs,      const std::vector<Tensor>& grads = {}, const std::vector<Tensor>& outs = {}, bool in_place = false)
+      : streams_(op, importances, scales),
+        entries_(params.size()),
+        float_sizes_(params.size(), 0),
+        double_sizes_(params.size(), 0) {
     const size_t count = params.size();
     for (const auto* list : {&importances, &targets}) {
       STD_TORCH_CHECK(list->size() == count, op, ": wanted lists of ", count, " tensors, given ", list->size());
@@ -203,13 +207,14 @@ class Call {
     for (size_t i = 0; i < count; ++i) {
       streams_.begin(params[i], {&params, &importances, &targets, &grads, &outs}, i);
       entries_[i].param = in_place ? streams_.write(params[i]) : streams_.read(params[i]);
-      entries_[i].importance = streams_.read(importances[i]);
+      entries_[i].importance = streams_.read_importance(i);
       entries_[i].target = streams_.read(targets[i]);
       entries_[i].grad = grads.empty() ? Stream{} : streams_.read(grads[i]);
       entries_[i].out = outs.empty() ? Stream{} : streams_.write(outs[i]);
       entries_[i].lr = alpha[i];
-      wide_ = wide_ || importances[i].scalar_type() == ScalarType::Double;
-      (importances[i].scalar_type() == ScalarType::Double ? double_sizes_ : float_sizes_)[i] = params[i].numel();
+      const bool wide = is_wide(params[i], importances[i]);
+      wide_ = wide_ || wide;
+      (wide ? double_sizes_ : float_sizes_)[i] = params[i].numel();
     }
   }
 
@@ -257,9 +262,9 @@ double total(const std::vector<double>& sums) {
 }
 
 Tensor ewc_penalty_value_cpu(
-    std::vector<Tensor> params, std::vector<Tensor> importances, std::vector<Tensor> anchors, double ewc_lambda,
-    std::vector<double> lrs, std::optional<Tensor> live_lrs, std::string variant) {
-  Call call("ewc_penalty_value", params, importances, anchors, lrs, live_lrs);
+    std::vector<Tensor> params, std::vector<Tensor> importances, std::vector<Tensor> scales, std::vector<Tensor> anchors,
+    double ewc_lambda, std::vector<double> lrs, std::optional<Tensor> live_lrs, std::string variant) {
+  Call call("ewc_penalty_value", params, importances, scales, anchors, lrs, live_lrs);
   std::vector<double> sums(call.blocks());
   call.run(ewc_lambda, variant, 1, [&](const auto& rule, const Entry& entry, int64_t begin, int64_t end, int64_t block) {
     vectorised<arithmetic_t<decltype(rule)>>([&]() FASTEWC_INLINE_LAMBDA {
@@ -271,14 +276,14 @@ Tensor ewc_penalty_value_cpu(
 }
 
 std::vector<Tensor> ewc_penalty_grads_cpu(
-    std::vector<Tensor> params, std::vector<Tensor> importances, std::vector<Tensor> anchors, std::vector<Tensor> grads,
-    double ewc_lambda, std::vector<double> lrs, std::optional<Tensor> live_lrs, std::string variant, bool negate,
+    std::vector<Tensor> params, std::vector<Tensor> importances, std::vector<Tensor> scales, std::vector<Tensor> anchors,
+    std::vector<Tensor> grads, double ewc_lambda, std::vector<double> lrs, std::optional<Tensor> live_lrs, std::string variant, bool negate,
     std::optional<Tensor> scale) {
   std::vector<Tensor> outs;
   for (size_t i = 0; i < params.size(); ++i) {
     outs.push_back(torch::stable::empty_like(grads.size() == params.size() ? grads[i] : params[i]));
   }
-  Call call("ewc_penalty_grads", params, importances, anchors, lrs, live_lrs, grads, outs);
+  Call call("ewc_penalty_grads", params, importances, scales, anchors, lrs, live_lrs, grads, outs);
   const double factor = (negate ? -1 : 1) * (scale ? number(*scale) : 1);
   call.run(ewc_lambda, variant, factor, [&](const auto& rule, const Entry& entry, int64_t begin, int64_t end, int64_t) {
     vectorised<arithmetic_t<decltype(rule)>>([&]() FASTEWC_INLINE_LAMBDA {
@@ -289,9 +294,9 @@ std::vector<Tensor> ewc_penalty_grads_cpu(
 }
 
 void ewc_hold_back_cpu(
-    std::vector<Tensor> params, std::vector<Tensor> targets, std::vector<Tensor> importances, double ewc_lambda,
-    std::vector<double> lrs, std::optional<Tensor> live_lrs, std::optional<Tensor> skip) {
-  Call call("ewc_hold_back_", params, importances, targets, lrs, live_lrs, {}, {}, true);
+    std::vector<Tensor> params, std::vector<Tensor> targets, std::vector<Tensor> importances, std::vector<Tensor> scales,
+    double ewc_lambda, std::vector<double> lrs, std::optional<Tensor> live_lrs, std::optional<Tensor> skip) {
+  Call call("ewc_hold_back_", params, importances, scales, targets, lrs, live_lrs, {}, {}, true);
   if (skip && number(*skip) != 0) {
     return;
   }
@@ -303,9 +308,9 @@ void ewc_hold_back_cpu(
 }
 
 Tensor ewc_stats_terms_cpu(
-    std::vector<Tensor> params, std::vector<Tensor> importances, std::vector<Tensor> anchors, double ewc_lambda,
-    std::vector<double> lrs, std::optional<Tensor> live_lrs, std::string variant) {
-  Call call("ewc_stats_terms", params, importances, anchors, lrs, live_lrs);
+    std::vector<Tensor> params, std::vector<Tensor> importances, std::vector<Tensor> scales, std::vector<Tensor> anchors,
+    double ewc_lambda, std::vector<double> lrs, std::optional<Tensor> live_lrs, std::string variant) {
+  Call call("ewc_stats_terms", params, importances, scales, anchors, lrs, live_lrs);
   std::vector<double> values(call.blocks()), squares(call.blocks());
   Counts all;
   std::mutex mutex;

@@ -3,6 +3,7 @@
 // fastewc/ops/ewc_penalty/reference.py is the specification. Kernels are compiled for float and for double arithmetic;
 // a tensor's lists may have any dtypes, and are double throughout where one of them is. Sums are formed in double, per
 // chunk and then over the chunks, in an order that does not depend on which block is done first.
+#include "arithmetic.h"
 #include "call_cuda.h"
 #include "terms.h"
 
@@ -197,13 +198,13 @@ __global__ void __launch_bounds__(THREADS) finish_stats_kernel(const __grid_cons
 }
 
 Tensor ewc_penalty_value_cuda(
-    std::vector<Tensor> params, std::vector<Tensor> importances, std::vector<Tensor> anchors, double ewc_lambda,
-    std::vector<double> lrs, std::optional<Tensor> live_lrs, std::string variant) {
-  Call call("ewc_penalty_value", params, importances, anchors, ewc_lambda, lrs, live_lrs, variant);
+    std::vector<Tensor> params, std::vector<Tensor> importances, std::vector<Tensor> scales, std::vector<Tensor> anchors,
+    double ewc_lambda, std::vector<double> lrs, std::optional<Tensor> live_lrs, std::string variant) {
+  Call call("ewc_penalty_value", params, importances, scales, anchors, ewc_lambda, lrs, live_lrs, variant);
   ScalarType dtype = ScalarType::Float;
   for (size_t i = 0; i < params.size(); ++i) {
     call.add(params[i], {{PARAM, params[i]}, {IMPORTANCE, importances[i]}, {ANCHOR, anchors[i]}});
-    dtype = importances[i].scalar_type() == ScalarType::Double ? ScalarType::Double : dtype;
+    dtype = is_wide(params[i], importances[i]) ? ScalarType::Double : dtype;
   }
   const int64_t chunks = call.chunks();
   const Tensor partials = torch::stable::new_empty(params[0], {chunks}, ScalarType::Double);
@@ -219,13 +220,13 @@ Tensor ewc_penalty_value_cuda(
 }
 
 std::vector<Tensor> ewc_penalty_grads_cuda(
-    std::vector<Tensor> params, std::vector<Tensor> importances, std::vector<Tensor> anchors, std::vector<Tensor> grads,
-    double ewc_lambda, std::vector<double> lrs, std::optional<Tensor> live_lrs, std::string variant, bool negate,
+    std::vector<Tensor> params, std::vector<Tensor> importances, std::vector<Tensor> scales, std::vector<Tensor> anchors,
+    std::vector<Tensor> grads, double ewc_lambda, std::vector<double> lrs, std::optional<Tensor> live_lrs, std::string variant, bool negate,
     std::optional<Tensor> scale) {
   STD_TORCH_CHECK(
       grads.empty() || grads.size() == params.size(), "ewc_penalty_grads: wanted ", params.size(),
       " grads or none, given ", grads.size());
-  Call call("ewc_penalty_grads", params, importances, anchors, ewc_lambda, lrs, live_lrs, variant);
+  Call call("ewc_penalty_grads", params, importances, scales, anchors, ewc_lambda, lrs, live_lrs, variant);
   call.args.negate = negate;
   call.args.scale = call.streams.scalar(scale);
   std::vector<Tensor> out;
@@ -245,9 +246,9 @@ std::vector<Tensor> ewc_penalty_grads_cuda(
 }
 
 void ewc_hold_back_cuda(
-    std::vector<Tensor> params, std::vector<Tensor> targets, std::vector<Tensor> importances, double ewc_lambda,
-    std::vector<double> lrs, std::optional<Tensor> live_lrs, std::optional<Tensor> skip) {
-  Call call("ewc_hold_back_", params, importances, targets, ewc_lambda, lrs, live_lrs, "stabilized");
+    std::vector<Tensor> params, std::vector<Tensor> targets, std::vector<Tensor> importances, std::vector<Tensor> scales,
+    double ewc_lambda, std::vector<double> lrs, std::optional<Tensor> live_lrs, std::optional<Tensor> skip) {
+  Call call("ewc_hold_back_", params, importances, scales, targets, ewc_lambda, lrs, live_lrs, "stabilized");
   call.args.skip = call.streams.scalar(skip);
   for (size_t i = 0; i < params.size(); ++i) {
     call.add(params[i], {{PARAM, params[i], true}, {IMPORTANCE, importances[i]}, {ANCHOR, targets[i]}});
@@ -257,9 +258,9 @@ void ewc_hold_back_cuda(
 }
 
 Tensor ewc_stats_terms_cuda(
-    std::vector<Tensor> params, std::vector<Tensor> importances, std::vector<Tensor> anchors, double ewc_lambda,
-    std::vector<double> lrs, std::optional<Tensor> live_lrs, std::string variant) {
-  Call call("ewc_stats_terms", params, importances, anchors, ewc_lambda, lrs, live_lrs, variant);
+    std::vector<Tensor> params, std::vector<Tensor> importances, std::vector<Tensor> scales, std::vector<Tensor> anchors,
+    double ewc_lambda, std::vector<double> lrs, std::optional<Tensor> live_lrs, std::string variant) {
+  Call call("ewc_stats_terms", params, importances, scales, anchors, ewc_lambda, lrs, live_lrs, variant);
   for (size_t i = 0; i < params.size(); ++i) {
     call.add(params[i], {{PARAM, params[i]}, {IMPORTANCE, importances[i]}, {ANCHOR, anchors[i]}});
   }

@@ -44,13 +44,55 @@ struct Block {
   const T* target; // of what holds back: w* or the old w
 };
 
+// A block whose Ω and w* are converted where they are used. What costs most is memory: a pass of its own over the block,
+// as `load` makes it, has the processor compute while no memory is on its way.
+struct CompactBlock {
+  int64_t n;
+  const float *w, *grad;
+  const uint8_t* codes;
+  float scale;
+  const BFloat16* anchors;
+};
+
+template <typename T>
+FASTEWC_INLINE T omega_at(const Block<T>& in, int64_t i) {
+  return in.omega[i];
+}
+FASTEWC_INLINE float omega_at(const CompactBlock& in, int64_t i) {
+  return decoded(in.codes[i]) * in.scale;
+}
+
+template <typename T>
+FASTEWC_INLINE T anchor_at(const Block<T>& in, int64_t i) {
+  return in.anchor[i];
+}
+FASTEWC_INLINE float anchor_at(const CompactBlock& in, int64_t i) {
+  return to_float(in.anchors[i]);
+}
+
+template <typename T>
+FASTEWC_INLINE Walked omegas_of(const Block<T>& in) {
+  return in.omega;
+}
+FASTEWC_INLINE Walked omegas_of(const CompactBlock& in) {
+  return in.codes;
+}
+
+template <typename T>
+FASTEWC_INLINE Walked anchors_of(const Block<T>& in) {
+  return in.anchor;
+}
+FASTEWC_INLINE Walked anchors_of(const CompactBlock& in) {
+  return in.anchors;
+}
+
 // κ·task + c(w − w*), or κ·(task + c(w − w*)), then + ηw: the gradient that the optimizer sees.
-template <Pull pull, typename T>
+template <Pull pull, typename T, typename In = Block<T>>
 struct Gradient {
-  const Block<T>& in;
+  const In& in;
   T before, after, lambda, alpha, limit, eta;
 
-  Gradient(const Rule<T>& rule, const Block<T>& in, T clip, T eta)
+  Gradient(const Rule<T>& rule, const In& in, T clip, T eta)
       : in(in),
         before(rule.task_factor * (rule.clip_penalty ? T(1) : clip)),
         after(rule.clip_penalty ? clip : T(1)),
@@ -62,18 +104,21 @@ struct Gradient {
   FASTEWC_INLINE T operator()(int64_t i) const {
     T g = in.grad[i] * before;
     if constexpr (pull == Pull::plain) {
-      g += lambda * in.omega[i] * (in.w[i] - in.anchor[i]);
+      g += lambda * omega_at(in, i) * (in.w[i] - anchor_at(in, i));
     } else if constexpr (pull == Pull::stabilized) {
-      g += stabilized_stiffness(in.omega[i], lambda, alpha, limit) * (in.w[i] - in.anchor[i]);
+      g += stabilized_stiffness(omega_at(in, i), lambda, alpha, limit) * (in.w[i] - anchor_at(in, i));
     }
     return g * after + eta * in.w[i];
   }
 };
 
 // w⁺ from w′.
-template <bool holds, typename T>
-FASTEWC_INLINE T held(const Block<T>& in, T alpha_lambda, T w_new, int64_t i) {
-  return holds ? held_back(w_new, in.target[i], in.omega[i], alpha_lambda) : w_new;
+template <bool holds, typename T, typename In>
+FASTEWC_INLINE T held(const In& in, T alpha_lambda, T w_new, int64_t i) {
+  if constexpr (holds) {
+    return held_back(w_new, in.target[i], in.omega[i], alpha_lambda);
+  }
+  return w_new;
 }
 
 // SGD; b is the momentum buffer, null without momentum.
@@ -100,15 +145,15 @@ FASTEWC_INLINE void sgd_block(const Rule<T>& rule, const Block<T>& in, T* b, T* 
 }
 
 // Adam and AdamW; `largest` is amsgrad's maximum of v.
-template <Pull pull, bool holds, bool amsgrad, typename T>
+template <Pull pull, bool holds, bool amsgrad, typename T, typename In>
 FASTEWC_INLINE void adam_block(
-    const Rule<T>& rule, const Entry& entry, const Block<T>& in, T* m, T* v, T* largest, T* w_new) {
-  const Gradient<pull, T> gradient(rule, in, rule.clip, rule.coupled_decay);
+    const Rule<T>& rule, const Entry& entry, const In& in, T* m, T* v, T* largest, T* w_new) {
+  const Gradient<pull, T, In> gradient(rule, in, rule.clip, rule.coupled_decay);
   const T step_size = static_cast<T>(entry.step_size);
   const T inverse_root = static_cast<T>(1 / entry.root_bias_correction2);
   const T beta2 = rule.beta2, fresh1 = rule.one_minus_beta1, fresh2 = rule.one_minus_beta2, eps = rule.eps;
   const T decay_factor = rule.decay_factor, alpha_lambda = rule.alpha_lambda;
-  stream(in.n, {in.w, in.grad, in.omega, in.anchor, m, v, largest}, [&](int64_t i) FASTEWC_INLINE_LAMBDA {
+  stream(in.n, {in.w, in.grad, omegas_of(in), anchors_of(in), m, v, largest}, [&](int64_t i) FASTEWC_INLINE_LAMBDA {
     const T g = gradient(i);
     const T first = interpolate(m[i], g, fresh1);
     const T second = beta2 * v[i] + fresh2 * g * g;
@@ -127,7 +172,7 @@ FASTEWC_INLINE void adam_block(
 template <Pull pull, typename T>
 FASTEWC_INLINE void path_loop(const Rule<T>& rule, const Block<T>& in, const T* w_new, T* path) {
   const Gradient<pull, T> gradient(rule, in, T(1), T(0));
-  stream<T>(in.n, {path}, [&](int64_t i) FASTEWC_INLINE_LAMBDA { path[i] -= gradient(i) * (w_new[i] - in.w[i]); });
+  stream(in.n, {path}, [&](int64_t i) FASTEWC_INLINE_LAMBDA { path[i] -= gradient(i) * (w_new[i] - in.w[i]); });
 }
 
 // ω ← ω − g(w⁺ − w), with g before clipping and decay.
@@ -238,6 +283,40 @@ FASTEWC_INLINE void step_blocks(const Rule<T>& rule, const Entry& entry, int64_t
   }
 }
 
+// Adam of float32 throughout, but for codes of Ω and w* in bfloat16: what a large model is stepped with in little memory.
+bool is_compact(const Rule<float>& rule, const Entry& entry) {
+  const auto is_float = [](const Stream& stream) { return stream.dtype == ScalarType::Float; };
+  return rule.adam && Kind(true, rule.variant).pull != Pull::none && !entry.max_exp_avg_sq && !entry.path_integral &&
+      entry.importance && entry.importance.dtype == ScalarType::Byte && entry.anchor.dtype == ScalarType::BFloat16 &&
+      is_float(entry.param) && is_float(entry.grad) && is_float(entry.exp_avg) && is_float(entry.exp_avg_sq);
+}
+bool is_compact(const Rule<double>&, const Entry&) {
+  return false;
+}
+
+FASTEWC_INLINE void compact_blocks(const Rule<float>& rule, const Entry& entry, int64_t begin, int64_t end) {
+  float* const w = static_cast<float*>(entry.param.data);
+  float* const m = static_cast<float*>(entry.exp_avg.data);
+  float* const v = static_cast<float*>(entry.exp_avg_sq.data);
+  for (; begin < end; begin += BLOCK) {
+    const CompactBlock in{
+        .n = std::min(BLOCK, end - begin),
+        .w = w + begin,
+        .grad = static_cast<const float*>(entry.grad.data) + begin,
+        .codes = static_cast<const uint8_t*>(entry.importance.data) + begin,
+        .scale = entry.importance.scales[begin / CODE_BLOCK],
+        .anchors = static_cast<const BFloat16*>(entry.anchor.data) + begin,
+    };
+    float* const none = nullptr;
+    if (rule.variant == Variant::plain) {
+      adam_block<Pull::plain, false, false>(rule, entry, in, m + begin, v + begin, none, w + begin);
+    } else {
+      adam_block<Pull::stabilized, false, false>(rule, entry, in, m + begin, v + begin, none, w + begin);
+    }
+  }
+}
+FASTEWC_INLINE void compact_blocks(const Rule<double>&, const Entry&, int64_t, int64_t) {}
+
 double value_or(const std::optional<Tensor>& t, double otherwise) {
   return t ? number(*t) : otherwise;
 }
@@ -257,8 +336,8 @@ double advance(const Tensor& step) {
 void ewc_step_cpu(
     std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
     std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> max_exp_avg_sqs,
-    std::vector<Tensor> steps, std::vector<Tensor> importances, std::vector<Tensor> anchors,
-    std::vector<Tensor> path_integrals, std::optional<Tensor> clip_coef, std::optional<Tensor> grad_scale,
+    std::vector<Tensor> steps, std::vector<Tensor> importances, std::vector<Tensor> scales,
+    std::vector<Tensor> anchors, std::vector<Tensor> path_integrals, std::optional<Tensor> clip_coef, std::optional<Tensor> grad_scale,
     std::optional<Tensor> found_inf, std::optional<Tensor> live_scalars, std::vector<double> scalars, std::string kind,
     std::string variant, bool maximize, bool nesterov, bool first, bool amsgrad, bool decoupled_weight_decay,
     bool clip_penalty, bool regularized_path) {
@@ -268,7 +347,7 @@ void ewc_step_cpu(
   check_lists(count, {&grads}, {&momentum_buffers, &importances, &path_integrals});
   check_lists(adam ? count : 0, {&exp_avgs, &exp_avg_sqs, &steps}, {});
   check_lists(adam && amsgrad ? count : 0, {&max_exp_avg_sqs}, {});
-  check_lists(importances.size(), {&anchors}, {});
+  check_lists(importances.size(), {&anchors}, {&scales});
   check_scalars(scalars, live_scalars);
   if (live_scalars) {
     const double* live = static_cast<const double*>(live_scalars->const_data_ptr());
@@ -278,7 +357,7 @@ void ewc_step_cpu(
                eps = scalars[5], momentum = scalars[6], dampening = scalars[7];
 
   // Everything is checked before anything is written.
-  Streams streams("ewc_step");
+  Streams streams("ewc_step", importances, scales);
   std::vector<Entry> entries(count);
   std::vector<int64_t> float_sizes(count, 0), double_sizes(count, 0);
   for (size_t i = 0; i < count; ++i) {
@@ -294,7 +373,7 @@ void ewc_step_cpu(
     entry.exp_avg = exp_avgs.empty() ? Stream{} : streams.write(exp_avgs[i]);
     entry.exp_avg_sq = exp_avg_sqs.empty() ? Stream{} : streams.write(exp_avg_sqs[i]);
     entry.max_exp_avg_sq = max_exp_avg_sqs.empty() ? Stream{} : streams.write(max_exp_avg_sqs[i]);
-    entry.importance = importances.empty() ? Stream{} : streams.read(importances[i]);
+    entry.importance = importances.empty() ? Stream{} : streams.read_importance(i);
     entry.anchor = anchors.empty() ? Stream{} : streams.read(anchors[i]);
     entry.path_integral = path_integrals.empty() ? Stream{} : streams.write(path_integrals[i]);
     (params[i].scalar_type() == ScalarType::Double ? double_sizes : float_sizes)[i] = params[i].numel();
@@ -339,7 +418,11 @@ void ewc_step_cpu(
         .one_minus_dampening = static_cast<T>(1 - dampening),
     };
     parallel_over(sizes, [&](size_t i, int64_t begin, int64_t end) {
-      vectorised<T>([&]() FASTEWC_INLINE_LAMBDA { step_blocks(rule, entries[i], begin, end); });
+      if (is_compact(rule, entries[i])) {
+        vectorised<T>([&]() FASTEWC_INLINE_LAMBDA { compact_blocks(rule, entries[i], begin, end); });
+      } else {
+        vectorised<T>([&]() FASTEWC_INLINE_LAMBDA { step_blocks(rule, entries[i], begin, end); });
+      }
     });
   };
   run(float{}, float_sizes);

@@ -61,6 +61,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(M) == 4 ? 4 : 3) ewc_step_kern
   for (int at = 0; at < chunk.size; at += Tile<N>::SIZE) {
     const Tile<N> tile(chunk, at);
     Loaded<M, N> stored[LISTS];
+    LoadedImportance<M, N> importance;
     const auto load = [&](int list) { stored[list].load(segment, list, tile); };
     const auto convert = [&](int list, M(&values)[N]) { stored[list].convert(segment.dtypes[list], values); };
     M w[N], task[N], g[N], w_new[N], omega[N], anchor[N], path[N];
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(M) == 4 ? 4 : 3) ewc_step_kern
       load(SQUARE);
     }
     if (has(IMPORTANCE)) {
-      fastewc::load(segment.data[IMPORTANCE], tile, omega);
+      importance.load(segment, IMPORTANCE, tile);
       load(ANCHOR);
     }
     if (has(PATH)) {
@@ -85,6 +86,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(M) == 4 ? 4 : 3) ewc_step_kern
     scale(task, live.task_factor, task);
     scale(task, live.clip, g);
     if (has(IMPORTANCE)) {
+      importance.convert(segment.dtypes[IMPORTANCE], omega);
       convert(ANCHOR, anchor);
     }
     if (pulls) {
@@ -225,9 +227,13 @@ std::vector<StepSegment> segments_of(Streams& streams, const std::vector<Tensor>
     const bool wide = dtype_of("ewc_step", params[i]) == ScalarType::Double;
     streams.begin(params[i], wide ? ScalarType::Double : ScalarType::Float);
     for (int list = 0; list < LISTS; ++list) {
-      if (!lists[list]->empty()) {
-        const bool written = list != GRAD && list != IMPORTANCE && list != ANCHOR;
-        streams.put(segment, list, (*lists[list])[i], written, list == IMPORTANCE || list == PATH);
+      if (lists[list]->empty()) {
+        continue;
+      }
+      if (list == IMPORTANCE) {
+        streams.put_importance(segment, list, (*lists[list])[i], i);
+      } else {
+        streams.put(segment, list, (*lists[list])[i], list != GRAD && list != ANCHOR, list == PATH);
       }
     }
     if (segment.size > 0) {
@@ -254,8 +260,8 @@ void launch_steps(const Place& place, bool adam, const std::vector<StepSegment>&
 void ewc_step_cuda(
     std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
     std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> max_exp_avg_sqs,
-    std::vector<Tensor> steps, std::vector<Tensor> importances, std::vector<Tensor> anchors,
-    std::vector<Tensor> path_integrals, std::optional<Tensor> clip_coef, std::optional<Tensor> grad_scale,
+    std::vector<Tensor> steps, std::vector<Tensor> importances, std::vector<Tensor> scales,
+    std::vector<Tensor> anchors, std::vector<Tensor> path_integrals, std::optional<Tensor> clip_coef, std::optional<Tensor> grad_scale,
     std::optional<Tensor> found_inf, std::optional<Tensor> live_scalars, std::vector<double> scalars, std::string kind,
     std::string variant, bool maximize, bool nesterov, bool first, bool amsgrad, bool decoupled_weight_decay,
     bool clip_penalty, bool regularized_path) {
@@ -275,7 +281,7 @@ void ewc_step_cuda(
   lists[ANCHOR] = &anchors;
   lists[PATH] = &path_integrals;
   check_lists(count, {&grads}, {&momentum_buffers, &importances, &path_integrals});
-  check_lists(importances.size(), {&anchors}, {});
+  check_lists(importances.size(), {&anchors}, {&scales});
   if (adam) {
     check_lists(count, {&exp_avgs, &exp_avg_sqs, &steps}, {&max_exp_avg_sqs});
   }
@@ -285,7 +291,7 @@ void ewc_step_cuda(
   check_scalars(scalars, live_scalars);
 
   const Place place(params[0]);
-  Streams streams("ewc_step", place);
+  Streams streams("ewc_step", place, scales);
   const std::vector<StepSegment> segments = segments_of(streams, lists);
   const double* live = nullptr;
   if (live_scalars) {

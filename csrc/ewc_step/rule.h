@@ -3,16 +3,11 @@
 // Letters as in fastewc/ops/ewc_step/reference.py: w weight, a anchor w*, Ω importance, α learning rate, λ ewc_lambda.
 #pragma once
 
-#include <bit>
+#include "../importance_codes.h"
+
 #include <cmath>
 #include <cstdint>
 #include <limits>
-
-#ifdef __CUDACC__
-#define FASTEWC_HD __host__ __device__ __forceinline__
-#else
-#define FASTEWC_HD inline __attribute__((always_inline))
-#endif
 
 namespace fastewc {
 
@@ -26,7 +21,7 @@ FASTEWC_HD float reciprocal(float x) {
 #ifdef __CUDA_ARCH__
   return 1 / x;
 #else
-  float r = std::bit_cast<float>(0x7ef127eau - std::bit_cast<uint32_t>(x)); // within 12 %
+  float r = float_of(0x7ef127eau - bits_of(x)); // within 12 %
   r = r * (2.0f - x * r);
   r = r * (2.0f - x * r);
   return r * (2.0f - x * r);

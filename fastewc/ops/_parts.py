@@ -58,6 +58,7 @@ def parts(
     fresh: Sequence[int],
     wanted: Callable[[Dtypes], Dtypes],
     written: Sequence[bool],
+    aside: Sequence[int] = (),
 ) -> list[Part]:
     """The rows by their dtypes; nearly always there is one part, and it is the lists themselves.
 
@@ -69,12 +70,13 @@ def parts(
         fresh: lists of new tensors each time, such as gradients: they are looked at anew, the others once.
         wanted: own dtypes -> those that the kernel takes.
         written: per list, whether the kernel changes it.
+        aside: lists of contiguous tensors that have a shape of their own, such as the scales of codes.
     """
     addresses = _addresses(lists)
     own = _plain_dtypes(lists, addresses, fresh)
     if own is not None and wanted(own) == own:
         return [Part(own, own, slice(None), lists, addresses)]
-    return [_arranged(lists, own, wanted(own), chosen, written) for own, chosen in _groups(lists)]
+    return [_arranged(lists, own, wanted(own), chosen, written, aside) for own, chosen in _groups(lists)]
 
 
 def _addresses(lists: Sequence[Sequence[Tensor]]) -> tuple[tuple[int, ...], ...]:
@@ -149,18 +151,23 @@ def _arranged(
     dtypes: Dtypes,
     chosen: list[int] | slice,
     written: Sequence[bool],
+    aside: Sequence[int],
 ) -> Part:
     columns: list[list[Tensor]] = [[] for _ in lists]
     copies = []
     mine = [take(entries, chosen) for entries in lists]
     for i, first in enumerate(mine[0]):
-        order = _dense_order(first)
-        for entries, column, has, dtype, changes in zip(mine, columns, own, dtypes, written, strict=True):
+        order = dense_order(first)
+        kinds = zip(mine, columns, own, dtypes, written, strict=True)
+        for place, (entries, column, has, dtype, changes) in enumerate(kinds):
             if not entries:
                 continue
             tensor = stand_in = entries[i]
+            if place in aside:
+                column.append(tensor)
+                continue
             strides = order[: tensor.ndim]  # a counter has no dimensions
-            if has != dtype or not _lies_as(tensor, strides):
+            if has != dtype or not lies_as(tensor, strides):
                 stand_in = torch.empty_strided(tensor.shape, strides, dtype=dtype, device=tensor.device)
                 stand_in.copy_(tensor)
                 if changes:
@@ -169,7 +176,7 @@ def _arranged(
     return Part(own, dtypes, chosen, columns, _addresses(columns), copies)
 
 
-def _dense_order(tensor: Tensor) -> tuple[int, ...]:
+def dense_order(tensor: Tensor) -> tuple[int, ...]:
     """The strides of the tensor if it fills its memory without gaps or overlaps, else those of a contiguous one."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
@@ -179,7 +186,7 @@ def _dense_order(tensor: Tensor) -> tuple[int, ...]:
     return tensor.stride()
 
 
-def _lies_as(tensor: Tensor, order: tuple[int, ...]) -> bool:
+def lies_as(tensor: Tensor, order: tuple[int, ...]) -> bool:
     """Strides of dimensions of size 1 mean nothing; nor do any where there is no element."""
     strides = zip(tensor.stride(), order, tensor.shape, strict=True)
     return tensor.numel() == 0 or all(own == wanted or size == 1 for own, wanted, size in strides)

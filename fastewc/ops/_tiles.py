@@ -8,21 +8,28 @@ of a tile and `left` how many of its elements exist.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastewc.ops import importance_codes
+from fastewc.ops.importance_codes import Codes
 
 ELEMENTS = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
+    torch.uint8: tl.uint8,  # codes of importances
 }
 #: Width of the narrow tiles: one element for each thread.
 NARROW = tl.constexpr(128)
+CODES_TO_A_SCALE = tl.constexpr(importance_codes.BLOCK)
 
 
 def tile_width(op: torch.dtype, narrowest: torch.dtype, written: torch.dtype) -> int:
@@ -32,6 +39,20 @@ def tile_width(op: torch.dtype, narrowest: torch.dtype, written: torch.dtype) ->
     written: its stores would be 4 wide, and the compiler would pass tiles through shared memory in between.
     """
     return 512 if op == torch.float64 or written.itemsize > narrowest.itemsize else 1024
+
+
+def with_codes(
+    params: Sequence[Tensor], importances: Sequence[Tensor | Codes]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """(codes or numbers, scales) of each importance; no scales without codes. Codes in another order become numbers."""
+    if not any(isinstance(omega, Codes) for omega in importances):
+        return importance_codes.split(importances)
+    return importance_codes.split(
+        [
+            omega.decoded() if isinstance(omega, Codes) and not omega.lie_as(p) else omega
+            for p, omega in zip(params, importances, strict=True)
+        ]
+    )
 
 
 @lru_cache
@@ -98,6 +119,34 @@ def read(
         ptr = tl.multiple_of(ptr, 16)
     offs = tl.arange(0, WIDTH)
     return tl.load(ptr + offs, mask=offs < left, other=0.0).to(OP)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def read_importance(
+    ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    begin: tl.tensor,
+    at: tl.tensor,
+    left: tl.tensor,
+    OP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+) -> tl.tensor:
+    """:func:`read`, and codes as what they stand for; ``begin`` is the program's first element.
+
+    A tile lies within one block of codes. Every step of decoding is exact; see ``fastewc/ops/importance_codes.py``.
+    """
+    if ptr.dtype.element_ty != tl.uint8:
+        return read(ptr, at, left, OP, WIDTH, VECTOR)
+    code = read(ptr, at, left, tl.int32, WIDTH, VECTOR)
+    q = code + 9
+    octave = q * 171 >> 11  # q/12
+    i = (q - 12 * octave).to(tl.float32)
+    mantissa = ((365 / 8388608 * i + 13371 / 8388608) * i + 485676 / 8388608) * i + 1.0
+    bits = mantissa.to(tl.int32, bitcast=True) + (octave - 22 << 23)
+    value = tl.where(code == 0, 0, bits).to(tl.float32, bitcast=True)
+    scale = tl.load(scales_ptr + (begin + at) // CODES_TO_A_SCALE, mask=left > 0, other=0.0)
+    return value.to(OP) * scale.to(OP)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastewc.ops.ewc_penalty import native as penalty_native  # noqa: F401  (defines the ops)
+from fastewc.ops.ewc_penalty import native as penalty_native
 from fastewc.ops.ewc_penalty import reference as penalty
 from fastewc.ops.ewc_step import cases, native
 from fastewc.ops.ewc_step.cases import Case
 from fastewc.ops.ewc_step.rule import StepTensors
+from fastewc.ops.importance_codes import Codes, encode
 from fastewc.testing import assert_all_within_roundings, assert_within_roundings, sum_roundings
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -138,8 +139,8 @@ def test_value(dtype: torch.dtype, anchor_dtype: torch.dtype, variant: str) -> N
     params, importances, anchors, _ = weights(dtype, anchor_dtype)
     lrs = rates(len(params))
     op = torch.ops.fastewc.ewc_penalty_value
-    got = op(params, importances, anchors, LAMBDA, lrs, None, variant)
-    live = op(params, importances, anchors, LAMBDA, [], torch.tensor(lrs, dtype=torch.float64), variant)
+    got = op(params, importances, [], anchors, LAMBDA, lrs, None, variant)
+    live = op(params, importances, [], anchors, LAMBDA, [], torch.tensor(lrs, dtype=torch.float64), variant)
     assert torch.equal(got, live)
     assert got.dtype == importances[0].dtype and got.shape == ()
     oracle, scale = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
@@ -158,7 +159,7 @@ def test_grads(dtype: torch.dtype, anchor_dtype: torch.dtype, variant: str, join
     lrs = rates(len(params))
     scale = torch.tensor(0.5)
     got = torch.ops.fastewc.ewc_penalty_grads(
-        params, importances, anchors, grads if joins else [], LAMBDA, lrs, None, variant, True, scale
+        params, importances, [], anchors, grads if joins else [], LAMBDA, lrs, None, variant, True, scale
     )
     for out, w, omega, anchor, own, lr in zip(got, params, importances, anchors, grads, lrs, strict=True):
         assert out.dtype == dtype
@@ -183,14 +184,14 @@ def test_grads_keep_infinities_and_strides() -> None:
     own[0, 0, 0, 0], own[1, 0, 0, 0], own[2, 0, 0, 0] = torch.inf, torch.nan, 60_000
     importances, anchors = [torch.full_like(w, 1e4)], [torch.full_like(w, -1.0)]
     op = torch.ops.fastewc.ewc_penalty_grads
-    (out,) = op([w], importances, anchors, [own], 1.0, [0.0], None, "plain", False, None)
+    (out,) = op([w], importances, [], anchors, [own], 1.0, [0.0], None, "plain", False, None)
     assert out.dtype == torch.float16 and out.stride() == own.stride()
     assert out[0, 0, 0, 0] == torch.inf and out[1, 0, 0, 0].isnan() and out[2, 0, 0, 0] == 65504
     assert (out[3] == 1e4).all()
-    (out,) = op([w], importances, anchors, [], 1.0, [0.0], None, "plain", True, None)
+    (out,) = op([w], importances, [], anchors, [], 1.0, [0.0], None, "plain", True, None)
     assert out.stride() == w.stride() and (out == -1e4).all()
     gaps = torch.zeros(9, 28)[:, ::2]
-    (out,) = op([gaps], [torch.ones(9, 14)], [torch.ones(14, 9).t()], [], 2.0, [0.0], None, "plain", False, None)
+    (out,) = op([gaps], [torch.ones(9, 14)], [], [torch.ones(14, 9).t()], [], 2.0, [0.0], None, "plain", False, None)
     assert out.stride() == torch.empty_like(gaps).stride() and (out == -2).all()
 
 
@@ -201,9 +202,9 @@ def test_hold_back(dtype: torch.dtype, anchor_dtype: torch.dtype) -> None:
     op = torch.ops.fastewc.ewc_hold_back_
     kept = [w.clone() for w in params]
     for flag in (torch.tensor(True), torch.tensor(1.0)):
-        op(params, anchors, importances, LAMBDA, lrs, None, flag)
+        op(params, anchors, importances, [], LAMBDA, lrs, None, flag)
         assert all(torch.equal(a, b) for a, b in zip(params, kept, strict=True))
-    op(params, anchors, importances, LAMBDA, lrs, None, torch.tensor(False))
+    op(params, anchors, importances, [], LAMBDA, lrs, None, torch.tensor(False))
     for w, old, omega, anchor, lr in zip(params, kept, importances, anchors, lrs, strict=True):
         old, omega, anchor = old.double(), omega.double(), anchor.double()
         oracle = penalty.held_back(old, anchor, omega, LAMBDA, lr)
@@ -219,7 +220,7 @@ def test_stats(dtype: torch.dtype, variant: str) -> None:
     sizes = (1, 1025, 0, 3000, 20_000)
     params, importances, anchors, _ = weights(dtype, dtype, sizes)
     lrs = rates(len(params))
-    got = torch.ops.fastewc.ewc_stats_terms(params, importances, anchors, LAMBDA, lrs, None, variant)
+    got = torch.ops.fastewc.ewc_stats_terms(params, importances, [], anchors, LAMBDA, lrs, None, variant)
     wanted = penalty.ewc_stats_terms(params, importances, anchors, LAMBDA, lrs, None, variant)
     assert got.dtype == torch.float64
     roundings = sum_roundings(sum(sizes)) + 8
@@ -229,3 +230,77 @@ def test_stats(dtype: torch.dtype, variant: str) -> None:
     moved = (got[4:] - wanted[4:]).cumsum(0)
     assert got[4:].sum() == sum(sizes) and got[4] == wanted[4] and moved.abs().max() <= 1
     assert (moved != 0).sum() <= sum(sizes) / 1000
+
+
+# ---- codes ----
+
+
+def coded(shape: tuple[int, ...], layout: Tensor) -> tuple[Tensor, Codes]:
+    omega = 10 ** (6 * torch.rand(shape, dtype=torch.float64) - 4)
+    omega.view(-1)[::5] = 0
+    codes = encode(omega.float(), layout)
+    return codes.decoded(), codes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["adamw-stabilized", "nesterov-proximal", "sgd-wva"])
+def test_codes_give_the_bits_of_their_numbers(name: str, dtype: torch.dtype) -> None:
+    """Around tiles and blocks of codes, in other layouts than the parameter's too."""
+    case = BY_ID[name]
+    shapes = [(size,) for size in SIZES] + [(40, 6, 5, 13), (40, 6, 5, 13), (90, 140)]
+    lasts = (torch.channels_last, torch.contiguous_format)
+    params = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+    layouts = list(params)
+    params[-3], params[-2] = (p.contiguous(memory_format=f) for p, f in zip(params[-3:-1], lasts, strict=True))
+    layouts[-3] = layouts[-2] = params[-3]  # the second one's codes lie in another order than it
+    params[-1] = torch.zeros(90, 280, dtype=dtype)[:, 1::2].copy_(params[-1])
+    pairs = [coded(shape, layout) for shape, layout in zip(shapes, layouts, strict=True)]
+    results = []
+    for which in range(2):
+        own = [p.clone() for p in params]
+        t = StepTensors(params=own, grads=[p.clone() for p in params], importances=[pair[which] for pair in pairs])
+        t.anchors.extend((p * 1.25).bfloat16() for p in params)
+        if case.rule.kind == "adam":
+            t.exp_avgs.extend(torch.ones_like(p) for p in params)
+            t.exp_avg_sqs.extend(torch.ones_like(p) for p in params)
+            t.steps.extend(torch.ones(()) for _ in params)
+        elif case.rule.momentum:
+            t.momentum_buffers.extend(torch.ones_like(p) for p in params)
+        if which == 0 and dtype == torch.float64:
+            t.importances[:] = [pair[0].double() for pair in pairs]
+        native.ewc_step(case.rule, t, clip_coef=None, grad_scale=None, found_inf=None)
+        results.append(own)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(params, results[0], strict=True) if a.numel() > 100)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_penalty_of_codes_has_the_bits_of_their_numbers(dtype: torch.dtype) -> None:
+    params, _, anchors, grads = weights(dtype, torch.bfloat16)
+    pairs = [coded(tuple(w.shape), w) for w in params]
+    numbers = [omega.to(torch.promote_types(dtype, torch.float32)) for omega, _ in pairs]
+    codes = [one for _, one in pairs]
+    rest = (LAMBDA, rates(len(params)), None, "stabilized")
+    kernels = penalty_native
+    assert torch.equal(*(kernels.ewc_penalty_value(params, omega, anchors, *rest) for omega in (numbers, codes)))
+    got, wanted = (
+        kernels.ewc_penalty_grads(params, omega, anchors, grads, *rest, False, None) for omega in (codes, numbers)
+    )
+    assert all(map(torch.equal, got, wanted))
+    assert torch.equal(*(kernels.ewc_stats_terms(params, omega, anchors, *rest) for omega in (numbers, codes)))
+    moved = []
+    for omega in (numbers, codes):
+        own = [w.clone() for w in params]
+        kernels.ewc_hold_back_(own, anchors, omega, *rest[:3], None)
+        moved.append(own)
+    assert all(map(torch.equal, *moved))
+
+
+def test_codes_that_do_not_fit_are_refused() -> None:
+    w, anchor = torch.zeros(3000), torch.zeros(3000)
+    _, codes = coded((3000,), w)
+    for scales in ([], [codes.scales[:2]], [codes.scales.double()]):
+        with pytest.raises(RuntimeError, match="scales"):
+            torch.ops.fastewc.ewc_penalty_value([w], [codes.codes], scales, [anchor], 1.0, [0.1], None, "plain")
+    with pytest.raises(RuntimeError, match="Byte"):
+        torch.ops.fastewc.ewc_penalty_value([w], [w], [], [codes.codes], 1.0, [0.1], None, "plain")

@@ -17,6 +17,7 @@ from fastewc.ops.ewc_penalty.schema import SUMS
 from fastewc.testing import assert_all_within_roundings, sum_roundings
 from tests.ops import interpreter
 from tests.ops.interpreter import DEVICE, needs_kernels
+from tests.ops.test_importance_codes import codes_of, laid_out
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 VARIANTS = ["plain", "stabilized"]
@@ -280,3 +281,27 @@ def test_nothing_but_empty_tensors(op):
     assert pull.shape == (0, 3)
     op.ewc_hold_back_(*lists, 1.0, [0.1], None, None)
     assert op.ewc_stats_terms(*lists, 1.0, [0.1], None, "plain").count_nonzero() == 0
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_codes_give_the_bits_of_the_numbers_that_they_stand_for(op, dtype: torch.dtype):
+    params, layouts = laid_out()
+    codes = codes_of(params, layouts)
+    numbers = [one.decoded(torch.promote_types(dtype, torch.float32)) for one in codes]
+    params = [p.to(DEVICE, dtype) for p in params]
+    anchors = [(1.25 * p).bfloat16() for p in params]
+    rest = (LAMBDA, [LR] * len(params), None)
+    got, sums = [], []
+    for omegas in (codes, numbers):
+        held = (params, [omega.to(torch.device(DEVICE)) for omega in omegas], anchors)
+        back = [p.clone() for p in params]
+        op.ewc_hold_back_(back, anchors, held[1], *rest, None)
+        got.append([*back, *op.ewc_penalty_grads(*held, [], *rest, "stabilized", False, None)])
+        terms = op.ewc_stats_terms(*held, *rest, "plain")
+        sums.append(torch.cat([op.ewc_penalty_value(*held, *rest, "plain").double().reshape(1), terms[:2]]))
+        got[-1].append(terms[2:])
+    assert same(*got)
+    # Tiles are smaller beside codes, so sums are formed in another order.
+    roundings = sum_roundings(sum(p.numel() for p in params)) + 8
+    assert_all_within_roundings(sums[:1], sums[1:], roundings=roundings, dtype=torch.float32)

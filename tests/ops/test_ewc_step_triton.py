@@ -16,6 +16,7 @@ from fastewc.ops.ewc_step.cases import CASES, Case
 from fastewc.testing import assert_all_within_roundings
 from tests.ops import interpreter
 from tests.ops.interpreter import DEVICE, needs_kernels
+from tests.ops.test_importance_codes import codes_of, laid_out
 
 BY_ID = {case.id: case for case in CASES}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -247,3 +248,20 @@ def test_bias_corrections_of_float64_are_those_of_python(beta: float):
     got = step(rule, StepTensors(params=zeros, grads=zeros, exp_avgs=ones, exp_avg_sqs=zeros, steps=steps))
     wanted = [-torch.full((1,), beta, dtype=torch.float64) / (1 - beta**t) for t in counts]
     assert_all_within_roundings(got[: len(counts)], wanted, roundings=3)
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", ["stabilized", "proximal", "wva"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_codes_give_the_bits_of_the_numbers_that_they_stand_for(variant: str, dtype: torch.dtype):
+    """Around blocks of codes, which a program may begin in the middle of, and in every order of elements."""
+    params, layouts = laid_out()
+    codes = codes_of(params, layouts)
+    stored = [codes, [one.decoded(torch.promote_types(dtype, torch.float32)) for one in codes], [*codes]]
+    stored[2][::2] = stored[1][::2]  # codes and numbers in one call
+    params = [p.to(dtype) for p in params]
+    anchors = [(1.25 * p).bfloat16() for p in params]
+    rule = dataclasses.replace(SGD, variant=variant)
+    results = [step(rule, StepTensors(params, params, importances=list(o), anchors=anchors)) for o in stored]
+    assert same(results[0], results[1]) and same(results[2], results[1])
+    assert not same(results[0], params)

@@ -13,6 +13,7 @@ from fastewc.ops.ewc_penalty import ewc_hold_back_, ewc_penalty
 from fastewc.ops.ewc_step import StepRule, StepTensors, ewc_step
 from fastewc.ops.ewc_step import cases as step_cases
 from fastewc.ops.ewc_step.schema import launches, scalars_of
+from fastewc.ops.importance_codes import split
 
 CHECKED = (
     "momentum-stabilized",
@@ -42,8 +43,8 @@ def arguments(case: step_cases.Case, tensors: StepTensors) -> list[tuple[Any, ..
     return [
         (
             t.params, t.grads, t.momentum_buffers, t.exp_avgs, t.exp_avg_sqs, t.max_exp_avg_sqs, t.steps,
-            t.importances, t.anchors, t.path_integrals, clip, scale, None, live, numbers, rule.kind, rule.variant,
-            rule.maximize, rule.nesterov, launch.first, rule.amsgrad, rule.decoupled_weight_decay,
+            *split(t.importances), t.anchors, t.path_integrals, clip, scale, None, live, numbers, rule.kind,
+            rule.variant, rule.maximize, rule.nesterov, launch.first, rule.amsgrad, rule.decoupled_weight_decay,
             rule.clip_penalty, rule.regularized_path,
         )
         for launch in launches(rule, tensors)
@@ -61,19 +62,20 @@ def test_opcheck_of_ewc_step(case: step_cases.Case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_of_the_penalty_ops(dtype: torch.dtype):
-    from fastewc.ops.ewc_penalty import native as ops
+    from fastewc.ops.ewc_penalty import native  # noqa: F401  # defines the ops
 
+    ops = torch.ops.fastewc
     params, importances, anchors = penalty_cases.CASES[-1].make_inputs(dtype)
     lrs, live = [0.1] * len(params), torch.full((len(params),), 0.1, dtype=torch.float64)
-    held = (params, importances, anchors)
-    torch.library.opcheck(ops.ewc_penalty_value, (*held, 3.0, lrs, None, "stabilized"))
-    torch.library.opcheck(ops.ewc_penalty_value, (*held, 3.0, [], live, "plain"))
-    torch.library.opcheck(ops.ewc_penalty_grads, (*held, [], 3.0, lrs, None, "plain", False, None))
+    held = (params, importances, [], anchors)
+    torch.library.opcheck(ops.ewc_penalty_value.default, (*held, 3.0, lrs, None, "stabilized"))
+    torch.library.opcheck(ops.ewc_penalty_value.default, (*held, 3.0, [], live, "plain"))
+    torch.library.opcheck(ops.ewc_penalty_grads.default, (*held, [], 3.0, lrs, None, "plain", False, None))
     grads = [torch.randn(p.shape).to(dtype) for p in params]
     scale = torch.tensor(4.0)
-    torch.library.opcheck(ops.ewc_penalty_grads, (*held, grads, 3.0, lrs, None, "stabilized", True, scale))
-    torch.library.opcheck(ops.ewc_hold_back_, (params, anchors, importances, 3.0, lrs, None, None))
-    torch.library.opcheck(ops.ewc_stats_terms, (*held, 3.0, lrs, None, "plain"))
+    torch.library.opcheck(ops.ewc_penalty_grads.default, (*held, grads, 3.0, lrs, None, "stabilized", True, scale))
+    torch.library.opcheck(ops.ewc_hold_back_.default, (params, anchors, importances, [], 3.0, lrs, None, None))
+    torch.library.opcheck(ops.ewc_stats_terms.default, (*held, 3.0, lrs, None, "plain"))
 
 
 @pytest.mark.parametrize("case", STEPS, ids=lambda case: case.id)
@@ -128,9 +130,10 @@ def test_the_op_itself_refuses_what_does_not_fit():
         (0, [torch.ones(2, dtype=torch.int32)] * len(args[0]), "float"),
         (1, args[1][:-1], "lists of"),
         (1, [torch.ones(3)] * len(args[0]), "shape"),
-        (14, [1.0], "8 scalars"),
-        (15, "lion", "sgd"),
-        (16, "elastic", "variant"),
+        (8, [torch.ones(1)], "lists of"),
+        (15, [1.0], "8 scalars"),
+        (16, "lion", "sgd"),
+        (17, "elastic", "variant"),
     ):
         before = [t.clone() for t in (*args[0], *args[6])]  # parameters and counters
         with pytest.raises(RuntimeError, match=text):

@@ -30,7 +30,7 @@ from fastewc.ops.ewc_step.rule import StepRule
 from tests.ops import interpreter
 from tests.ops.triton_compiler import TARGETS, Code, Job, compiled
 
-DTYPES = tuple(_tiles.ELEMENTS)
+DTYPES = tuple(dtype for dtype in _tiles.ELEMENTS if dtype.is_floating_point)
 RULES = (
     StepRule("sgd", lr=0.1),
     StepRule("sgd", lr=0.1, momentum=0.9),
@@ -40,20 +40,29 @@ RULES = (
 pytestmark = pytest.mark.skipif(interpreter.INTERPRETED, reason="the interpreter is on: nothing is compiled")
 
 
+HELD = ("plain", "stabilized", "proximal", "wva")
+#: Parameters and the narrower dtype that their Ω is stored in; w* is then bfloat16.
+COMPRESSED = ((torch.float32, torch.uint8), (torch.bfloat16, torch.uint8), (torch.float32, torch.bfloat16))
+
+
 def distinct(variants: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({tuple(constants.items()): constants for constants in variants}.values())
 
 
 def step_variants() -> list[dict[str, Any]]:
-    ways = itertools.product(
-        RULES, ("plain", "stabilized", "proximal", "wva"), (False, True), (False, True), DTYPES, DTYPES
-    )
+    ways = itertools.product(RULES, HELD, (False, True), (False, True), DTYPES, DTYPES)
     return distinct(
         step.specialisation(
             dataclasses.replace(rule, variant=variant), held=held, tracked=tracked, param=param,
             anchor=penalty.stored_anchor(param, anchor),
         )
         for rule, variant, held, tracked, param, anchor in ways
+    ) + distinct(
+        step.specialisation(
+            dataclasses.replace(rule, variant=variant), held=True, tracked=tracked, param=param, omega=omega,
+            anchor=penalty.stored_anchor(param, torch.bfloat16),
+        )
+        for rule, variant, tracked, (param, omega) in itertools.product(RULES, HELD, (False, True), COMPRESSED)
     )  # fmt: skip
 
 
@@ -61,6 +70,9 @@ def penalty_variants() -> list[dict[str, Any]]:
     ways = itertools.product(penalty.MODES, DTYPES, DTYPES)
     return distinct(
         penalty.specialisation(mode, param, penalty.stored_anchor(param, anchor)) for mode, param, anchor in ways
+    ) + distinct(
+        penalty.specialisation(mode, param, penalty.stored_anchor(param, torch.bfloat16), omega)
+        for mode, (param, omega) in itertools.product(penalty.MODES, COMPRESSED)
     )
 
 
@@ -104,11 +116,12 @@ def test_nothing_spills(codes: list[Code]):
 
 
 def test_every_tensor_is_read_and_written_in_vectors(codes: list[Code]):
-    """Bytes that a thread moves in vectors: its share of each tensor's tile, once each way."""
+    """Bytes that a thread moves in vectors: its share of each tensor's tile, once each way; of codes that is a word."""
     for code in codes:
         if code.job.kernel != "advance":
             share = code.job.constants["BLOCK"] // 128
-            wanted = [sum(share * element.primitive_bitwidth // 8 for element in part) for part in tensors(code.job)]
+            sizes = [[share * element.primitive_bitwidth // 8 for element in part] for part in tensors(code.job)]
+            wanted = [sum(size for size in part if size > 4) for part in sizes]
             moved = [code.loaded, code.stored]
             if code.job.target == "gfx942":  # where two words, such as an address or a float64, are a vector too
                 moved = list(map(min, moved, wanted))
@@ -118,13 +131,13 @@ def test_every_tensor_is_read_and_written_in_vectors(codes: list[Code]):
 def tensors(job: Job) -> tuple[list[Any], list[Any]]:
     """Element types of what a kernel reads and writes."""
     c = job.constants
-    param, wide, anchor = c["PARAM"], c["OP"], c["ANCHOR"]
+    param, wide, omega, anchor = c["PARAM"], c["OP"], c["OMEGA"], c["ANCHOR"]
     if job.kernel == "_penalty":
         own = {"pull": [param], "pulled": [param], "hold_back": [param]}.get(c["MODE"], [])
-        return [param, wide, anchor] + [param] * (c["MODE"] == "pulled"), own
+        return [param, omega, anchor] + [param] * (c["MODE"] == "pulled"), own
     moments = {"sgd": 0, "momentum": 1, "adam": 2, "amsgrad": 3}[c["KIND"]]
     state = [param] * (1 + moments) + [wide] * c["TRACKED"]
-    held = {"free": [], "wva": [wide]}.get(c["HELD"], [wide, anchor])
+    held = {"free": [], "wva": [omega]}.get(c["HELD"], [omega, anchor])
     return [*state, param, *held], state
 
 
@@ -156,4 +169,4 @@ def test_no_argument_compiles_another_kernel(kernel):
 
 def test_the_variants_are_few():
     counts = len(step_variants()), len(penalty_variants()), len(counter_variants())
-    assert counts == (176, 35, 4)
+    assert counts == (248, 50, 4)

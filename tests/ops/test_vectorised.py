@@ -70,6 +70,19 @@ def test_no_loop_of_the_step_was_left_to_single_numbers(library: Path):
             assert packed >= max(single, 1), f"{packed} packed and {single} single square roots in {name}"
 
 
+def test_codes_are_decoded_in_whole_vectors(library: Path):
+    """Bytes are widened and turned into floats many at a time, where they are read by themselves and in the step."""
+    for part in ("decode_vectorised", "ewc_step"):
+        code = disassembly(library, part)
+        for clone in ("arch_x86_64_v4", "arch_x86_64_v3"):
+            bodies = [body for name, body in code.items() if name.endswith(f".{clone}")]
+            register = REGISTERS[clone]
+            assert any(
+                re.search(rf"vpmovzx[bw][wd] .*%{register}", body) and re.search(rf"vcvtdq2ps .*%{register}", body)
+                for body in bodies
+            ), f"codes are not decoded in vectors in the {clone} clones of {part}"
+
+
 def test_the_widest_clone_that_this_cpu_can_run_is_the_one_that_runs(library: Path):
     flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
     runnable = [clone for clone, needed in NEEDED.items() if needed <= flags] + ["default"]

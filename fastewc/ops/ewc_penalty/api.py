@@ -12,13 +12,14 @@ from torch import Tensor
 
 from fastewc._dispatch import choose
 from fastewc.ops.ewc_penalty.schema import Lr, lrs_of
+from fastewc.ops.importance_codes import Codes, split
 
 VARIANTS = ("plain", "stabilized")
 
 
 def ewc_penalty(
     params: Sequence[Tensor],
-    importances: Sequence[Tensor],
+    importances: Sequence[Tensor | Codes],
     anchors: Sequence[Tensor],
     *,
     ewc_lambda: float,
@@ -33,7 +34,8 @@ def ewc_penalty(
 
     Args:
         params: weights w, any float dtype, shape and device.
-        importances: Ω ≥ 0, one per parameter, of its shape and device; float32, or float64 for float64 parameters.
+        importances: Ω ≥ 0, one per parameter, of its shape and device; float32, or float64 for float64 parameters,
+            bfloat16, or codes of one byte.
         anchors: w*, one per parameter, of its shape and device, any float dtype.
         ewc_lambda: λ ≥ 0.
         lrs: α per parameter, a float or 0-dim tensor; None is allowed for ``"plain"`` only.
@@ -48,13 +50,15 @@ def ewc_penalty(
         NotImplementedError: ``impl`` cannot run here (says why).
     """
     _check(params, importances, anchors, lrs, variant)
-    value: Tensor = _Penalty.apply(ewc_lambda, tuple(lrs), variant, impl, len(params), *params, *importances, *anchors)
+    omegas, scales = split(importances)
+    constants = ewc_lambda, tuple(lrs), variant, impl, len(params)
+    value: Tensor = _Penalty.apply(*constants, *params, *omegas, *anchors, *scales)
     return value
 
 
 def ewc_penalty_grads(
     params: Sequence[Tensor],
-    importances: Sequence[Tensor],
+    importances: Sequence[Tensor | Codes],
     anchors: Sequence[Tensor],
     *,
     ewc_lambda: float,
@@ -100,7 +104,7 @@ def ewc_penalty_grads(
 def ewc_hold_back_(
     params: Sequence[Tensor],
     targets: Sequence[Tensor],
-    importances: Sequence[Tensor],
+    importances: Sequence[Tensor | Codes],
     *,
     ewc_lambda: float,
     lrs: Sequence[float | Tensor],
@@ -123,7 +127,7 @@ def ewc_hold_back_(
 
 def ewc_stats(
     params: Sequence[Tensor],
-    importances: Sequence[Tensor],
+    importances: Sequence[Tensor | Codes],
     anchors: Sequence[Tensor],
     *,
     ewc_lambda: float,
@@ -150,7 +154,7 @@ class _Penalty(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.constants = ewc_lambda, lrs, variant, impl, n
-        lists = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        lists = _lists_of(tensors, n)
         parts = []
         for device, chosen in _by_device(lists[0]):
             held = _chosen(chosen, *lists)
@@ -164,22 +168,26 @@ class _Penalty(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ewc_lambda, lrs, variant, impl, n = ctx.constants
         wanted = [i for i in range(n) if ctx.needs_input_grad[5 + i]]
-        params, importances, anchors = ([ctx.saved_tensors[part * n + i] for i in wanted] for part in range(3))
+        params, importances, anchors = _lists_of(ctx.saved_tensors, n)
+        held = [params[i] for i in wanted], [importances[i] for i in wanted], [anchors[i] for i in wanted]
         alphas = [lrs[i] for i in wanted]
         if torch.is_grad_enabled():  # create_graph=True: operations that autograd can follow
             from fastewc.ops.ewc_penalty import reference
 
             numbers, live = lrs_of(alphas, grad.device)
-            pulls = reference.ewc_penalty_grads(
-                params, importances, anchors, (), ewc_lambda, numbers, live, variant, False, grad
-            )
+            pulls = reference.ewc_penalty_grads(*held, (), ewc_lambda, numbers, live, variant, False, grad)
         else:
-            pulls = ewc_penalty_grads(
-                params, importances, anchors, ewc_lambda=ewc_lambda, lrs=alphas, variant=variant, scale=grad, impl=impl
-            )
+            pulls = ewc_penalty_grads(*held, ewc_lambda=ewc_lambda, lrs=alphas, variant=variant, scale=grad, impl=impl)
         rest = iter(pulls)
         grads = [next(rest) if ctx.needs_input_grad[5 + i] else None for i in range(n)]
-        return (None, None, None, None, None, *grads, *[None] * (2 * n))
+        return (None, None, None, None, None, *grads, *[None] * (len(ctx.saved_tensors) - n))
+
+
+def _lists_of(tensors: Sequence[Tensor], n: int) -> tuple[list[Tensor], list[Tensor | Codes], list[Tensor]]:
+    """The lists of which :class:`_Penalty` takes the tensors one by one: params, importances, anchors."""
+    omegas, scales = tensors[n : 2 * n], tensors[3 * n :]
+    importances = [Codes(omega, scales[i]) if omega.dtype == torch.uint8 else omega for i, omega in enumerate(omegas)]
+    return list(tensors[:n]), importances, list(tensors[2 * n : 3 * n])
 
 
 def _kernels(impl: str, device: torch.device) -> ModuleType:
@@ -199,7 +207,7 @@ def _kernels(impl: str, device: torch.device) -> ModuleType:
             return reference
 
 
-def _chosen(indices: Sequence[int], *lists: Sequence[Tensor]) -> list[list[Tensor]]:
+def _chosen(indices: Sequence[int], *lists: Sequence[Tensor | Codes]) -> list[list[Any]]:
     return [[entries[i].detach() for i in indices] for entries in lists]
 
 
@@ -213,7 +221,7 @@ def _by_device(params: Sequence[Tensor]) -> list[tuple[torch.device, list[int]]]
 
 def _check(
     params: Sequence[Tensor],
-    importances: Sequence[Tensor],
+    importances: Sequence[Tensor | Codes],
     anchors: Sequence[Tensor],
     lrs: Sequence[Lr],
     variant: str,

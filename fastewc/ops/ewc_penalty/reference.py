@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastewc.ops.ewc_penalty.schema import BINS, BINS_PER_OCTAVE, LOW, SUMS
+from fastewc.ops.ewc_penalty.schema import BINS, BINS_PER_OCTAVE, LOW, SUMS, arithmetic, value_dtype
+from fastewc.ops.importance_codes import Codes, numbers
 
 
 def stiffness(importance: Tensor, ewc_lambda: float | Tensor, lr: float | Tensor | None, variant: str) -> Tensor:
@@ -88,7 +89,7 @@ def stats_terms(
 
 def ewc_penalty_value(
     params: Sequence[Tensor],
-    importances: Sequence[Tensor],
+    importances: Sequence[Tensor | Codes],
     anchors: Sequence[Tensor],
     ewc_lambda: float,
     lrs: Sequence[float],
@@ -96,16 +97,17 @@ def ewc_penalty_value(
     variant: str,
 ) -> Tensor:
     """½ Σ c(w − w*)² of all tensors: float32, float64 if any importance is."""
-    dtype = torch.float64 if any(omega.dtype == torch.float64 for omega in importances) else torch.float32
+    dtype = value_dtype(params, importances)
     total = torch.zeros((), dtype=dtype, device=params[0].device)
-    for w, omega, anchor, lr in zip(params, importances, anchors, _each(lrs, live_lrs), strict=True):
+    for w, held, anchor, lr in zip(params, importances, anchors, _each(lrs, live_lrs), strict=True):
+        omega = _numbers(held, w)
         total = total + penalty(w, omega, anchor, ewc_lambda, _like(lr, omega), variant).to(total)
     return total
 
 
 def ewc_penalty_grads(
     params: Sequence[Tensor],
-    importances: Sequence[Tensor],
+    importances: Sequence[Tensor | Codes],
     anchors: Sequence[Tensor],
     grads: Sequence[Tensor],
     ewc_lambda: float,
@@ -117,7 +119,8 @@ def ewc_penalty_grads(
 ) -> list[Tensor]:
     """±scale·c(w − w*) of each tensor in its dtype; added to its gradient, in the gradient's dtype, if ``grads``."""
     results = []
-    for i, (w, omega, anchor, lr) in enumerate(zip(params, importances, anchors, _each(lrs, live_lrs), strict=True)):
+    for i, (w, held, anchor, lr) in enumerate(zip(params, importances, anchors, _each(lrs, live_lrs), strict=True)):
+        omega = _numbers(held, w)
         pull = penalty_grad(w, omega, anchor, ewc_lambda, _like(lr, omega), variant)
         if scale is not None:
             pull = pull * scale.to(pull)
@@ -137,14 +140,15 @@ def _added(grad: Tensor, pull: Tensor) -> Tensor:
 def ewc_hold_back_(
     params: Sequence[Tensor],
     targets: Sequence[Tensor],
-    importances: Sequence[Tensor],
+    importances: Sequence[Tensor | Codes],
     ewc_lambda: float,
     lrs: Sequence[float],
     live_lrs: Tensor | None,
     skip: Tensor | None,
 ) -> None:
     """E3 and E4 in place, w moved towards its target; nothing where ``skip`` is not 0."""
-    for param, target, omega, lr in zip(params, targets, importances, _each(lrs, live_lrs), strict=True):
+    for param, target, held, lr in zip(params, targets, importances, _each(lrs, live_lrs), strict=True):
+        omega = _numbers(held, param)
         w = param.to(omega.dtype)
         moved = held_back(w, target, omega, ewc_lambda, _like(lr, omega))
         param.copy_(moved if skip is None else torch.where(skip.to(w.device).reshape(()) != 0, w, moved))
@@ -152,7 +156,7 @@ def ewc_hold_back_(
 
 def ewc_stats_terms(
     params: Sequence[Tensor],
-    importances: Sequence[Tensor],
+    importances: Sequence[Tensor | Codes],
     anchors: Sequence[Tensor],
     ewc_lambda: float,
     lrs: Sequence[float],
@@ -163,7 +167,8 @@ def ewc_stats_terms(
     parts = torch.stack(
         [
             stats_terms(w, omega, anchor, ewc_lambda, _like(lr, omega), variant)
-            for w, omega, anchor, lr in zip(params, importances, anchors, _each(lrs, live_lrs), strict=True)
+            for w, held, anchor, lr in zip(params, importances, anchors, _each(lrs, live_lrs), strict=True)
+            for omega in [_numbers(held, w)]
         ]
     )
     return merge_stats_terms(parts)
@@ -174,6 +179,10 @@ def merge_stats_terms(parts: Tensor) -> Tensor:
     merged: Tensor = parts.sum(0)
     merged[3] = parts[:, 3].max()
     return merged
+
+
+def _numbers(importance: Tensor | Codes, w: Tensor) -> Tensor:
+    return numbers(importance, arithmetic(w.dtype, importance.dtype))
 
 
 def _each(lrs: Sequence[float], live_lrs: Tensor | None) -> Iterable[float | Tensor]:

@@ -20,12 +20,13 @@ from torch import Tensor
 from fastewc.ops import _multi_tensor as multi
 from fastewc.ops import _tiles
 from fastewc.ops._parts import Dtypes, parts, take
-from fastewc.ops._tiles import NARROW, aligned, locate, number, pointer, read, scalar, write
+from fastewc.ops._tiles import NARROW, aligned, locate, number, pointer, read, read_importance, scalar, write
 from fastewc.ops.ewc_penalty import schema
+from fastewc.ops.importance_codes import Codes
 
 # Rows of the table. ANCHORS holds the targets of a hold-back too, LRS the bits of float64 numbers, and INDICES the
 # places of the tensors in the caller's lists.
-PARAMS, IMPORTANCES, ANCHORS, GRADS, RESULTS, LRS, INDICES = map(tl.constexpr, range(1, 8))
+PARAMS, IMPORTANCES, ANCHORS, GRADS, RESULTS, SCALES, LRS, INDICES = map(tl.constexpr, range(1, 9))
 
 BINS_PER_OCTAVE, LOW, BINS = map(tl.constexpr, (schema.BINS_PER_OCTAVE, schema.LOW, schema.BINS))
 #: Programs count into this many histograms, so that equal importances do not all queue at one address.
@@ -67,10 +68,10 @@ def _tile(
     VECTOR: tl.constexpr,
 ) -> tl.tensor:
     """Elements at … at + left. Returns Σc(w − w*)², Σ(w − w*)², #(x > 1) and max x, as far as the mode wants them."""
-    param_ptr, omega_ptr, anchor_ptr, grad_ptr, result_ptr, histogram_ptr = ptrs
+    param_ptr, omega_ptr, anchor_ptr, grad_ptr, result_ptr, histogram_ptr, scales_ptr, begin = ptrs
     ewc_lambda, lr, alpha, s_of_omega, factor, limit = scalars
     w = read(param_ptr, at, left, OP, WIDTH, VECTOR)
-    omega = read(omega_ptr, at, left, OP, WIDTH, VECTOR)
+    omega = read_importance(omega_ptr, scales_ptr, begin, at, left, OP, WIDTH, VECTOR)
     anchor = read(anchor_ptr, at, left, OP, WIDTH, VECTOR)
     drift = w - anchor
     value, squares, above, largest = 0.0, 0.0, 0.0, 0.0
@@ -116,6 +117,7 @@ def _penalty(
     MODE: tl.constexpr,
     PARAM: tl.constexpr,
     ANCHOR: tl.constexpr,
+    OMEGA: tl.constexpr,
     OP: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -129,11 +131,13 @@ def _penalty(
     count = tl.where(scalar(skip, 0.0, tl.float32) != 0, 0, count)
     ptrs = (
         pointer(table_ptr, n, row, begin, PARAMS, PARAM),
-        pointer(table_ptr, n, row, begin, IMPORTANCES, OP),
+        pointer(table_ptr, n, row, begin, IMPORTANCES, OMEGA),
         pointer(table_ptr, n, row, begin, ANCHORS, ANCHOR),
         pointer(table_ptr, n, row, begin, GRADS, PARAM),
         pointer(table_ptr, n, row, begin, RESULTS, PARAM),
         histograms.to(tl.int64).to(tl.pointer_type(tl.int64)) + tl.program_id(0) % HISTOGRAMS * BINS,
+        pointer(table_ptr, n, row, 0, SCALES, tl.float32),
+        begin,
     )
     lr = tl.load(table_ptr + LRS * n + row).to(tl.float64, bitcast=True)
     lr = number(live_lrs, tl.load(table_ptr + INDICES * n + row), lr)
@@ -176,14 +180,24 @@ def stored_anchor(param: torch.dtype, anchor: torch.dtype) -> torch.dtype:
     return anchor if own else op_dtype(param)
 
 
-def specialisation(mode: str, param: torch.dtype, anchor: torch.dtype) -> dict[str, Any]:
+def stored_importance(param: torch.dtype, omega: torch.dtype | None) -> torch.dtype:
+    """The dtype in which kernels read Ω: codes as they are, bfloat16 beside float32 too, else the arithmetic's."""
+    own = omega == torch.uint8 or (omega == torch.bfloat16 and param != torch.float64)
+    return omega if own and omega is not None else op_dtype(param)
+
+
+def specialisation(
+    mode: str, param: torch.dtype, anchor: torch.dtype, omega: torch.dtype | None = None
+) -> dict[str, Any]:
     """The compile-time arguments of a launch; two calls that give the same ones run the same kernel."""
     op = op_dtype(param)
-    narrowest = min(param, anchor, key=lambda dtype: dtype.itemsize)
+    omega = omega or op
+    narrowest = min(param, anchor, omega, key=lambda dtype: dtype.itemsize)
     return {
         "MODE": mode,
         "PARAM": _tiles.ELEMENTS[param],
         "ANCHOR": _tiles.ELEMENTS[anchor],
+        "OMEGA": _tiles.ELEMENTS[omega],
         "OP": _tiles.ELEMENTS[op],
         # Statistics are float64 in part: twice the registers.
         "BLOCK": 512 if mode == "stats" else _tiles.tile_width(op, narrowest, written=param),
@@ -192,7 +206,7 @@ def specialisation(mode: str, param: torch.dtype, anchor: torch.dtype) -> dict[s
 
 def ewc_penalty_value(
     params: Sequence[Tensor],
-    importances: Sequence[Tensor],
+    importances: Sequence[Tensor | Codes],
     anchors: Sequence[Tensor],
     ewc_lambda: float,
     lrs: Sequence[float],
@@ -201,13 +215,13 @@ def ewc_penalty_value(
 ) -> Tensor:
     """½ Σ c(w − w*)², 0-dim; see ``reference.penalty``."""
     tables = _launch("value", (params, importances, anchors, (), ()), ewc_lambda, lrs, live_lrs, variant)
-    dtype = torch.float64 if any(omega.dtype == torch.float64 for omega in importances) else torch.float32
+    dtype = schema.value_dtype(params, importances)
     return _sums(tables, params[0].device)[0].to(dtype)
 
 
 def ewc_penalty_grads(
     params: Sequence[Tensor],
-    importances: Sequence[Tensor],
+    importances: Sequence[Tensor | Codes],
     anchors: Sequence[Tensor],
     grads: Sequence[Tensor],
     ewc_lambda: float,
@@ -228,7 +242,7 @@ def ewc_penalty_grads(
 def ewc_hold_back_(
     params: Sequence[Tensor],
     targets: Sequence[Tensor],
-    importances: Sequence[Tensor],
+    importances: Sequence[Tensor | Codes],
     ewc_lambda: float,
     lrs: Sequence[float],
     live_lrs: Tensor | None,
@@ -240,7 +254,7 @@ def ewc_hold_back_(
 
 def ewc_stats_terms(
     params: Sequence[Tensor],
-    importances: Sequence[Tensor],
+    importances: Sequence[Tensor | Codes],
     anchors: Sequence[Tensor],
     ewc_lambda: float,
     lrs: Sequence[float],
@@ -258,7 +272,7 @@ def ewc_stats_terms(
 
 def _launch(
     mode: str,
-    lists: tuple[Sequence[Tensor], ...],
+    lists: tuple[Sequence[Any], ...],
     ewc_lambda: float,
     lrs: Sequence[float],
     live_lrs: Tensor | None,
@@ -271,18 +285,21 @@ def _launch(
 ) -> list[multi.Table]:
     """One launch for each set of dtypes; the tables, with the partial sums in their scratch."""
     params, device = lists[0], lists[0][0].device
+    omegas, scales = _tiles.with_codes(params, lists[1])
+    lists = (params, omegas, *lists[2:], scales)
     skip = None if skip is None else skip.to(device, torch.float32)
     bits = struct.unpack(f"{len(params)}q", struct.pack(f"{len(params)}d", *(lrs or [0.0] * len(params))))
-    written = (mode == "hold_back", False, False, False, True)
+    written = (mode == "hold_back", False, False, False, True, False)
     tables = []
     with multi.on_device(device):
-        for part in parts(lists, fresh=range(len(lists)), wanted=_kernel_dtypes, written=written):
-            param, op, anchor, *_ = part.dtypes
-            constants = specialisation(mode, param, anchor)
+        for part in parts(lists, fresh=range(len(lists)), wanted=_kernel_dtypes, written=written, aside=(5,)):
+            param, omega, anchor, *_ = part.dtypes
+            op = op_dtype(param)
+            constants = specialisation(mode, param, anchor, omega)
             numbers = (take(bits, part.chosen), take(range(len(params)), part.chosen))
             table = multi.table(f"ewc_penalty {mode}", part, constants["BLOCK"], scratch=_partials, numbers=numbers)
             factor = None if scale is None else scale.to(device, op)
-            limit = torch.finfo(torch.float16).max if part.own[-1] == torch.float16 else math.inf
+            limit = torch.finfo(torch.float16).max if part.own[4] == torch.float16 else math.inf
             if table.programs:
                 _penalty[(table.programs,)](
                     table.rows, table.blocks, table.scratch, table.n, table.chunk, float(ewc_lambda), sign, limit,
@@ -300,10 +317,11 @@ def _kernel_dtypes(own: Dtypes) -> Dtypes:
 
     Where gradients have a dtype of their own, or Ω wants wider arithmetic, all go through tensors of the arithmetic's.
     """
-    param, omega, anchor, grad, result = own
-    op = torch.promote_types(op_dtype(param), omega)
+    param, omega, anchor, grad, result, scales = own
+    op = torch.promote_types(op_dtype(param), omega if omega.itemsize >= 4 else param)
     stored = param if {grad, result} <= {param, None} and op == op_dtype(param) else op
-    return (stored, op, stored_anchor(stored, anchor), grad and stored, result and stored)
+    kept = stored_importance(stored, omega)
+    return (stored, kept, stored_anchor(stored, anchor), grad and stored, result and stored, scales)
 
 
 def _partials(n: int, programs: int, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastewc import _dispatch
 from fastewc.ops.ewc_step.api import ewc_step
 from fastewc.ops.ewc_step.rule import StepRule, StepTensors
+from fastewc.ops.importance_codes import Codes, encode, numbers
 
 # 0-dim, empty, one, odd, larger than a block, and two layouts that are not contiguous.
 SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (17,), (33, 130), (4, 6, 5, 3), (9, 14))
@@ -27,6 +28,7 @@ class Case:
         clip_coef: factor of the task gradient, or None.
         grad_scale: factor that the gradients carry, or None.
         first: no momentum buffer exists yet.
+        importance_dtype: of Ω, if not that of the arithmetic; anchors are then bfloat16.
         roundings: how many may add up on the error scale: about 7 on the way to the gradient (c takes 4), twice
             that in its square, halved again by the root of v, and a few for the quotient and the update.
     """
@@ -36,6 +38,7 @@ class Case:
     clip_coef: float | None = None
     grad_scale: float | None = None
     first: bool = False
+    importance_dtype: torch.dtype | None = None
     roundings: float = 16.0
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -54,8 +57,9 @@ class Case:
             t.grads.append((normal(shape).double() * (self.grad_scale or 1.0)).to(dtype))
             held, tracked = i % 3 != 2, i % 4 != 3
             omega = 10 ** (12 * torch.rand(shape, generator=gen, dtype=torch.float64) - 9)
-            t.importances.append(_with_zeros(omega).to(wide) if held else None)
-            t.anchors.append((w.double() + 0.1 * normal(shape).double()).to(dtype) if held else None)
+            t.importances.append(self._stored(_with_zeros(omega).to(wide), w) if held else None)
+            near = torch.bfloat16 if self.importance_dtype else dtype
+            t.anchors.append((w.double() + 0.1 * normal(shape).double()).to(near) if held else None)
             t.path_integrals.append(normal(shape).to(wide) if tracked else None)
             if self.rule.kind == "adam":
                 t.exp_avgs.append(laid_out(normal(shape)))
@@ -66,6 +70,11 @@ class Case:
             elif self.rule.momentum != 0:
                 t.momentum_buffers.append(None if self.first else normal(shape))
         return t
+
+    def _stored(self, omega: Tensor, w: Tensor) -> Tensor | Codes:
+        if self.importance_dtype == torch.uint8:
+            return encode(omega, w)
+        return omega.to(self.importance_dtype or omega.dtype)
 
     def run(self, impl: _dispatch.Impl, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
         """Everything that the op writes: parameters, moments, counters, path integrals."""
@@ -96,7 +105,7 @@ class Case:
         omega, anchor = t.importances[i], t.anchors[i]
         pull, held = torch.zeros_like(w), torch.zeros_like(w)
         if omega is not None and anchor is not None:
-            stiff = omega * float(rule.ewc_lambda)
+            stiff = numbers(omega, torch.float64) * float(rule.ewc_lambda)
             if rule.variant in ("plain", "stabilized"):
                 c = stiff if rule.variant == "plain" else stiff / (1 + lr * stiff)
                 pull = c * (t.params[i] - anchor).abs()
@@ -152,8 +161,14 @@ def converted(t: StepTensors, dtype: torch.dtype | None, device: str = "cpu") ->
     """On another device, in another dtype; None keeps each tensor's own. What is already there is the same tensor."""
     lists: dict[str, Any] = {}
     for name, entries in vars(t).items():
-        lists[name] = [None if e is None else e.to(device, dtype or e.dtype) for e in entries]
+        lists[name] = [None if e is None else _converted(e, dtype, torch.device(device)) for e in entries]
     return StepTensors(**lists)
+
+
+def _converted(e: Tensor | Codes, dtype: torch.dtype | None, device: torch.device) -> Tensor | Codes:
+    if isinstance(e, Codes):
+        return e.to(device) if dtype is None else e.decoded(dtype).to(device)
+    return e.to(device, dtype or e.dtype)
 
 
 def columns(t: StepTensors) -> Iterator[tuple[str, int, Tensor]]:
@@ -176,9 +191,20 @@ def _cases() -> list[Case]:
         for name, base in bases.items()
         for variant in ("plain", "stabilized", "proximal", "wva")
     ]
+    compressed = {
+        "adamw-stabilized": (torch.uint8, torch.bfloat16),
+        "momentum-proximal": (torch.uint8,),
+        "sgd-wva": (torch.uint8,),
+        "sgd-plain": (torch.bfloat16,),
+    }
     damped = replace(heavy, dampening=0.3, weight_decay=0.01)
     return [
         *cases,
+        *(
+            replace(case, id=f"{case.id}-{str(dtype)[6:]}", importance_dtype=dtype)
+            for case in cases
+            for dtype in compressed.get(case.id, ())
+        ),
         Case("sgd-lambda-0", replace(sgd, ewc_lambda=0.0)),
         Case("sgd-tensor-lr", replace(sgd, lr=torch.tensor(0.0625), ewc_lambda=torch.tensor(3.0))),
         Case("dampening-decay", damped),

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastewc._names import op_dtype
 from fastewc.ops.ewc_penalty import reference as penalty
 from fastewc.ops.ewc_step.rule import StepRule, StepTensors
+from fastewc.ops.importance_codes import numbers
 
 Scalar = float | Tensor
 
@@ -57,11 +58,11 @@ def task_gradient(grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None, *
 
 def penalty_gradient(rule: StepRule, tensors: StepTensors, i: int, w: Tensor) -> Tensor | None:
     """c(w − w*) with c = λΩ (E1) or λΩ/(1 + αλΩ) (E2); None where nothing is added to the gradient."""
-    importance, anchor = _held(tensors, i)
+    importance, anchor = _held(tensors, i, w.dtype)
     if importance is None or anchor is None or rule.variant not in ("plain", "stabilized"):
         return None
     ewc_lambda, lr = _factor(rule.ewc_lambda, w), _factor(rule.lr, w)
-    return penalty.penalty_grad(w, importance.to(w.dtype), anchor, ewc_lambda, lr, rule.variant)
+    return penalty.penalty_grad(w, importance, anchor, ewc_lambda, lr, rule.variant)
 
 
 def clipped_sum(g_task: Tensor, pull: Tensor | None, clip_coef: Tensor | None, *, clip_penalty: bool) -> Tensor:
@@ -74,12 +75,12 @@ def clipped_sum(g_task: Tensor, pull: Tensor | None, clip_coef: Tensor | None, *
 
 def held_back(rule: StepRule, tensors: StepTensors, i: int, w: Tensor, w_new: Tensor) -> Tensor:
     """w⁺ from w′: E3 moves it towards w*, E4 back towards w; the other variants have acted on the gradient."""
-    importance, anchor = _held(tensors, i)
+    importance, anchor = _held(tensors, i, w.dtype)
     if importance is None or anchor is None or rule.variant not in ("proximal", "wva"):
         return w_new
     target = anchor if rule.variant == "proximal" else w
     ewc_lambda, lr = _factor(rule.ewc_lambda, w), _factor(rule.lr, w)
-    return penalty.held_back(w_new, target, importance.to(w.dtype), ewc_lambda, lr)
+    return penalty.held_back(w_new, target, importance, ewc_lambda, lr)
 
 
 def sgd_update(rule: StepRule, tensors: StepTensors, i: int, w: Tensor, g: Tensor) -> Tensor:
@@ -139,8 +140,10 @@ def _with_coupled_decay(rule: StepRule, w: Tensor, g: Tensor) -> Tensor:
     return g if not isinstance(eta, Tensor) and eta == 0 else _add(g, w, eta)
 
 
-def _held(tensors: StepTensors, i: int) -> tuple[Tensor | None, Tensor | None]:
-    return (tensors.importances[i], tensors.anchors[i]) if tensors.importances else (None, None)
+def _held(tensors: StepTensors, i: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Ω as numbers of the arithmetic's dtype, and w*."""
+    importance = tensors.importances[i] if tensors.importances else None
+    return (None, None) if importance is None else (numbers(importance, dtype), tensors.anchors[i])
 
 
 def _count(step: Tensor) -> Scalar:

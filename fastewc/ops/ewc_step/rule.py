@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from fastewc.ops.importance_codes import Codes
+
 Variant = Literal["plain", "stabilized", "proximal", "wva"]
 
 
@@ -66,7 +68,8 @@ class StepTensors:
     Attributes:
         momentum_buffers: None before the first step with momentum; :func:`ewc_step` puts the new buffer in
             its place.
-        importances: Ω, or None where the parameter is unprotected.
+        importances: Ω, or None where the parameter is unprotected: float32 (float64 for float64 parameters), bfloat16,
+            or codes of one byte.
         anchors: w*, None where Ω is.
         path_integrals: ω of synaptic intelligence, or None where it is not tracked.
     """
@@ -78,6 +81,6 @@ class StepTensors:
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     max_exp_avg_sqs: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
-    importances: list[Tensor | None] = field(default_factory=list)
+    importances: list[Tensor | Codes | None] = field(default_factory=list)
     anchors: list[Tensor | None] = field(default_factory=list)
     path_integrals: list[Tensor | None] = field(default_factory=list)

@@ -19,10 +19,11 @@ from fastewc.ops.ewc_step.rule import StepRule, StepTensors
 #: The order of ``scalars`` (and of ``live_scalars``, a float64 tensor of the same eight on the parameters' device).
 SCALARS = ("lr", "ewc_lambda", "weight_decay", "beta1", "beta2", "eps", "momentum", "dampening")
 
+#: ``scales`` are those of importances that are codes (``importance_codes.split``): none, or one for each importance.
 SCHEMA = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
     "Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] steps, "
-    "Tensor[] importances, Tensor[] anchors, Tensor(g!)[] path_integrals, "
+    "Tensor[] importances, Tensor[] scales, Tensor[] anchors, Tensor(g!)[] path_integrals, "
     "Tensor? clip_coef, Tensor? grad_scale, Tensor? found_inf, Tensor? live_scalars, float[] scalars, "
     "str kind, str variant, bool maximize, bool nesterov, bool first, bool amsgrad, bool decoupled_weight_decay, "
     "bool clip_penalty, bool regularized_path) -> ()"

@@ -19,20 +19,28 @@ from torch import Tensor
 from fastewc.ops import _multi_tensor as multi
 from fastewc.ops import _tiles
 from fastewc.ops._parts import Dtypes, Part, parts
-from fastewc.ops._tiles import NARROW, aligned, locate, number, pointer, read, scalar, write
-from fastewc.ops.ewc_penalty.triton import divide, held_back, op_dtype, stiffness, stored_anchor
+from fastewc.ops._tiles import NARROW, aligned, locate, number, pointer, read, read_importance, scalar, write
+from fastewc.ops.ewc_penalty.triton import (
+    divide,
+    held_back,
+    op_dtype,
+    stiffness,
+    stored_anchor,
+    stored_importance,
+)
 from fastewc.ops.ewc_step import counters
 from fastewc.ops.ewc_step.rule import StepRule, StepTensors
 from fastewc.ops.ewc_step.schema import SCALARS, launches, scalars_of
 
 COLUMNS = (
     "params", "grads", "momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "importances", "anchors",
-    "path_integrals", "steps",
+    "path_integrals", "steps", "scales",
 )  # fmt: skip
 # Their rows in the table.
 PARAMS, GRADS, BUFFERS, EXP_AVGS, EXP_AVG_SQS, MAX_EXP_AVG_SQS, IMPORTANCES, ANCHORS, PATHS = map(
     tl.constexpr, range(1, 10)
 )
+SCALES = tl.constexpr(1 + COLUMNS.index("scales"))
 
 #: Arguments of whose values (1, a multiple of 16) Triton would otherwise compile special kernels.
 _VARYING = (
@@ -69,7 +77,9 @@ def _step_tile(
     VECTOR: tl.constexpr,
 ) -> None:
     """The statements of ``reference.ewc_step``, in their order, on elements at … at + left."""
-    param_ptr, grad_ptr, buffer_ptr, m_ptr, v_ptr, largest_ptr, omega_ptr, anchor_ptr, path_ptr = ptrs
+    (
+        param_ptr, grad_ptr, buffer_ptr, m_ptr, v_ptr, largest_ptr, omega_ptr, anchor_ptr, path_ptr, scales_ptr, begin,
+    ) = ptrs  # fmt: skip
     (
         lr, pull_lr, ewc_lambda, s_of_omega, unscale, gain, pull_kappa, coupled, shrink, momentum, undamped, eps,
         beta2, new1, new2, step_size, root2, first, nesterov, regularized, rounded,
@@ -78,7 +88,7 @@ def _step_tile(
     w = read(param_ptr, at, left, OP, WIDTH, VECTOR)
     grad = read(grad_ptr, at, left, OP, WIDTH, VECTOR)
     if HELD != "free":
-        omega = read(omega_ptr, at, left, OP, WIDTH, VECTOR)
+        omega = read_importance(omega_ptr, scales_ptr, begin, at, left, OP, WIDTH, VECTOR)
     if HELD == "pulled" or HELD == "proximal":
         anchor = read(anchor_ptr, at, left, OP, WIDTH, VECTOR)
     if KIND == "momentum":
@@ -157,6 +167,7 @@ def _step(
     TRACKED: tl.constexpr,
     PARAM: tl.constexpr,
     ANCHOR: tl.constexpr,
+    OMEGA: tl.constexpr,
     OP: tl.constexpr,
     EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -171,9 +182,11 @@ def _step(
         pointer(table_ptr, n, row, begin, EXP_AVGS, PARAM),
         pointer(table_ptr, n, row, begin, EXP_AVG_SQS, PARAM),
         pointer(table_ptr, n, row, begin, MAX_EXP_AVG_SQS, PARAM),
-        pointer(table_ptr, n, row, begin, IMPORTANCES, OP),
+        pointer(table_ptr, n, row, begin, IMPORTANCES, OMEGA),
         pointer(table_ptr, n, row, begin, ANCHORS, ANCHOR),
         pointer(table_ptr, n, row, begin, PATHS, OP),
+        pointer(table_ptr, n, row, 0, SCALES, tl.float32),
+        begin,
     )
     lr, ewc_lambda = number(live, 0, lr), number(live, 1, ewc_lambda)
     weight_decay = number(live, 2, weight_decay)
@@ -218,14 +231,21 @@ def _step(
 
 
 _FRESH = (COLUMNS.index("grads"),)
-_WRITTEN = tuple(name not in ("grads", "importances", "anchors") for name in COLUMNS)
+_OMEGAS, _SCALES = COLUMNS.index("importances"), COLUMNS.index("scales")
+_WRITTEN = tuple(name not in ("grads", "importances", "anchors", "scales") for name in COLUMNS)
 _LIKE_PARAMS = ("params", "grads", "momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
 #: How a float32 tensor that stands in for a 16-bit parameter is rounded before E7 looks at it.
 _ROUNDED: dict[torch.dtype | None, int] = {torch.bfloat16: 1, torch.float16: 2}
 
 
 def specialisation(
-    rule: StepRule, *, held: bool, tracked: bool, param: torch.dtype, anchor: torch.dtype
+    rule: StepRule,
+    *,
+    held: bool,
+    tracked: bool,
+    param: torch.dtype,
+    anchor: torch.dtype,
+    omega: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """The compile-time arguments of a launch; two calls that give the same ones run the same kernel.
 
@@ -236,13 +256,15 @@ def specialisation(
     kinds = {"sgd": "momentum" if rule.momentum != 0 else "sgd", "adam": "amsgrad" if rule.amsgrad else "adam"}
     ways = {"plain": "pulled", "stabilized": "pulled", "proximal": "proximal", "wva": "wva"}
     read_anchor = anchor if held and rule.variant != "wva" else param
-    narrowest = min(param, read_anchor, key=lambda dtype: dtype.itemsize)
+    omega = omega or op
+    narrowest = min(param, read_anchor, *([omega] if held else []), key=lambda dtype: dtype.itemsize)
     return {
         "KIND": kinds[rule.kind],
         "HELD": ways[rule.variant] if held else "free",
         "TRACKED": tracked,
         "PARAM": _tiles.ELEMENTS[param],
         "ANCHOR": _tiles.ELEMENTS[read_anchor],
+        "OMEGA": _tiles.ELEMENTS[omega],
         "OP": _tiles.ELEMENTS[op],
         "EXACT": op == param,
         "BLOCK": _tiles.tile_width(op, narrowest, written=op if tracked else param),
@@ -263,8 +285,9 @@ def ewc_step(
     grad_scale, found_inf = (None if x is None else x.to(device, torch.float32) for x in (grad_scale, found_inf))
     with multi.on_device(device):
         for launch in launches(rule, tensors):
-            lists = [getattr(launch.tensors, name) for name in COLUMNS]
-            for part in parts(lists, fresh=_FRESH, wanted=_kernel_dtypes, written=_WRITTEN):
+            lists = [getattr(launch.tensors, name, []) for name in COLUMNS]
+            lists[_OMEGAS], lists[_SCALES] = _tiles.with_codes(launch.tensors.params, lists[_OMEGAS])
+            for part in parts(lists, fresh=_FRESH, wanted=_kernel_dtypes, written=_WRITTEN, aside=(_SCALES,)):
                 op = op_dtype(part.dtypes[0])
                 kappa = None if clip_coef is None else clip_coef.to(device, op)
                 _launch(rule, launch.first, part, numbers or [0.0] * len(SCALARS), (live, kappa, grad_scale, found_inf))
@@ -282,7 +305,8 @@ def _kernel_dtypes(own: Dtypes) -> Dtypes:
     alike = {kinds[name] for name in _LIKE_PARAMS} <= {param, None}
     stored = param if alike else op_dtype(param)
     step = torch.float64 if kinds["steps"] == torch.float64 else torch.float32
-    others = {"importances": op_dtype(param), "path_integrals": op_dtype(param), "steps": step}
+    omega = stored_importance(stored, kinds["importances"])
+    others = {"importances": omega, "path_integrals": op_dtype(param), "steps": step, "scales": torch.float32}
     if kinds["anchors"] is not None:
         others["anchors"] = stored_anchor(stored, kinds["anchors"])
     wanted = dict.fromkeys(_LIKE_PARAMS, stored) | others
@@ -291,9 +315,10 @@ def _kernel_dtypes(own: Dtypes) -> Dtypes:
 
 def _launch(rule: StepRule, first: bool, part: Part, numbers: list[float], scalars: tuple[Tensor | None, ...]) -> None:
     """What is compiled in is what ``specialisation`` says; everything else may change from step to step."""
-    param, anchor, step = (part.dtypes[COLUMNS.index(name)] for name in ("params", "anchors", "steps"))
+    names = ("params", "anchors", "steps", "importances")
+    param, anchor, step, omega = (part.dtypes[COLUMNS.index(name)] for name in names)
     held, tracked = anchor is not None, part.dtypes[COLUMNS.index("path_integrals")] is not None
-    constants = specialisation(rule, held=held, tracked=tracked, param=param, anchor=anchor or param)
+    constants = specialisation(rule, held=held, tracked=tracked, param=param, anchor=anchor or param, omega=omega)
     table = multi.table("ewc_step", part, constants["BLOCK"], scratch=_corrections)
     options = _tiles.options(op_dtype(param))
     live, *others = map(multi.address, scalars)
