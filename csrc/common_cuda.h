@@ -196,7 +196,8 @@ class Loaded {
   std::conditional_t<std::is_same_v<M, double>, uint64_t, uint32_t> bits_[N];
 };
 
-// The importance: as any list, or codes of one byte. A tile lies within one block of codes.
+// The importance: numbers of the arithmetic's type, or codes of one byte. A tile lies within one block of codes. Until they are converted,
+// codes lie where numbers would: registers are what the kernel of Adam has none left of.
 template <typename M, int N>
 class LoadedImportance {
  public:
@@ -204,29 +205,33 @@ class LoadedImportance {
   __device__ __forceinline__ void load(const S& segment, int list, const Tile<N>& tile) {
     static_assert(CODE_BLOCK % Tile<N>::SIZE == 0);
     if (segment.dtypes[list] != ScalarType::Byte) {
-      return numbers_.load(segment, list, tile);
+      return fastewc::load(segment.data[list], tile, bits_);
     }
-    const int64_t begin = tile.begin + tile.first;
-    const uint8_t* from = static_cast<const uint8_t*>(segment.data[list]) + begin;
-    scale_ = tile.has(0) ? static_cast<M>(segment.scales[begin / CODE_BLOCK]) : M(0);
+    const uint8_t* from = static_cast<const uint8_t*>(segment.data[list]) + tile.begin + tile.first;
+    uint32_t codes = 0; // the first in the lowest byte
     if (tile.whole) {
-      const Packed packed = *reinterpret_cast<const Packed*>(from);
-      std::memcpy(codes_, &packed, sizeof(packed));
+      codes = *reinterpret_cast<const Packed*>(from);
     } else {
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        codes_[k] = tile.has(k) ? from[k * THREADS] : 0;
+        codes |= tile.has(k) ? uint32_t(from[k * THREADS]) << 8 * k : 0;
       }
     }
+    bits_[0] = codes;
   }
 
-  __device__ __forceinline__ void convert(ScalarType dtype, M (&values)[N]) const {
-    if (dtype != ScalarType::Byte) {
-      return numbers_.convert(dtype, values);
+  template <typename S>
+  __device__ __forceinline__ void convert(const S& segment, int list, const Tile<N>& tile, M (&values)[N]) const {
+    if (segment.dtypes[list] != ScalarType::Byte) {
+      std::memcpy(values, bits_, sizeof(bits_));
+      return;
     }
+    const auto codes = static_cast<uint32_t>(bits_[0]);
+    const auto block = static_cast<uint32_t>(static_cast<uint64_t>(tile.begin + tile.first) / CODE_BLOCK);
+    const M scale = tile.has(0) ? segment.scales[block] : 0.0f;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      values[k] = decoded(codes_[k]) * scale_;
+      values[k] = decoded(static_cast<uint8_t>(codes >> 8 * k)) * scale;
     }
   }
 
@@ -234,9 +239,7 @@ class LoadedImportance {
   using Packed = std::conditional_t<N == 4, uint32_t, uint16_t>; // N bytes
   static_assert(sizeof(Packed) == N);
 
-  Loaded<M, N> numbers_;
-  uint8_t codes_[N] = {};
-  M scale_ = 0;
+  std::conditional_t<std::is_same_v<M, double>, uint64_t, uint32_t> bits_[N];
 };
 
 template <typename T, typename M, int N>

@@ -184,7 +184,7 @@ class Streams {
   template <typename S>
   void put_importance(S& segment, int list, const Tensor& t, size_t i) {
     if (dtype_of(op_, t) != ScalarType::Byte) {
-      return put(segment, list, t);
+      return put(segment, list, t, false, true); // a kernel with more cases has no registers left for them
     }
     STD_TORCH_CHECK(i < scales_.size(), op_, ": wanted the scales of uint8 importances, given none");
     const Tensor& scales = scales_[i];
@@ -205,7 +205,7 @@ class Streams {
     if (args.size > 0) {
       place_.launch(decode_kernel, (args.size + THREADS - 1) / THREADS, args);
     }
-    put(segment, list, numbers);
+    put(segment, list, numbers, false, true);
   }
 
   // 0-dim, on the device; nothing for nothing.

@@ -62,7 +62,7 @@ struct Weights {
     importance.load(segment, IMPORTANCE, tile);
     stored_anchor.load(segment, ANCHOR, tile);
     stored_w.convert(segment.dtypes[PARAM], w);
-    importance.convert(segment.dtypes[IMPORTANCE], omega);
+    importance.convert(segment, IMPORTANCE, tile, omega);
     stored_anchor.convert(segment.dtypes[ANCHOR], anchor);
   }
 };

@@ -33,8 +33,10 @@ __device__ float inverse_of(const DeviceScalar& scale) {
   return scale.dtype == ScalarType::Float ? 1.0f / static_cast<float>(value) : static_cast<float>(1 / value);
 }
 
+// Adam with codes does not fit into the 64 registers of four blocks; three still have more loads on their way than the
+// memory needs.
 template <typename M, bool ADAM>
-__global__ void __launch_bounds__(THREADS, sizeof(M) == 4 ? 4 : 3) ewc_step_kernel(
+__global__ void __launch_bounds__(THREADS, sizeof(M) == 4 && !ADAM ? 4 : 3) ewc_step_kernel(
     const __grid_constant__ StepArguments<M> args) {
   constexpr int N = VECTOR<M>;
   if (args.found_inf.read(0) != 0) {
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(M) == 4 ? 4 : 3) ewc_step_kern
     scale(task, live.task_factor, task);
     scale(task, live.clip, g);
     if (has(IMPORTANCE)) {
-      importance.convert(segment.dtypes[IMPORTANCE], omega);
+      importance.convert(segment, IMPORTANCE, tile, omega);
       convert(ANCHOR, anchor);
     }
     if (pulls) {
