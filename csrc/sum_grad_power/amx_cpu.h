@@ -321,14 +321,8 @@ FASTEWC_AMX_TARGET inline void multiply(
 
 // total += |sums|^power
 FASTEWC_AMX_TARGET inline void add_raised(const float* sums, Power power, float* total) {
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   for (int64_t i = 0; i < SQUARE; i += SIDE) {
-    const __m512 sum = _mm512_load_ps(sums + i), before = _mm512_load_ps(total + i);
-    const __m512 after = power == Power::square ? _mm512_fmadd_ps(sum, sum, before)
-        : power == Power::absolute
-        ? _mm512_add_ps(before, _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(sum), magnitude)))
-        : _mm512_add_ps(before, sum);
-    _mm512_store_ps(total + i, after);
+    _mm512_store_ps(total + i, _mm512_add_ps(_mm512_load_ps(total + i), raised(_mm512_load_ps(sums + i), power)));
   }
 }
 

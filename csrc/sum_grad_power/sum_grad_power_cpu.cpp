@@ -4,6 +4,7 @@
 // Here tensors are checked and become a Problem (problem_cpu.h); strips_cpu.h cuts it up for the micro-kernel of
 // tile_cpu.h, whose inputs pack_cpu.h packs.
 #include "amx_cpu.h"
+#include "checks.h"
 #include "strips_cpu.h"
 
 #include <string>
@@ -40,16 +41,6 @@ void dispatch(const Tensor& total, const std::vector<Tensor>& a, const std::vect
         name_of(math_dtype<M>), " for ", name_of(dtype), ", given ", name_of(total.scalar_type()));
     f(M{});
   });
-}
-
-void check_linear(const Tensor& total, const std::vector<Tensor>& a, const std::vector<Tensor>& g) {
-  for (size_t i = 0; i < a.size(); ++i) {
-    STD_TORCH_CHECK(
-        a[i].dim() == 3 && g[i].dim() == 3 && a[i].size(0) == a[0].size(0) && g[i].size(0) == a[0].size(0) &&
-            a[i].size(1) == g[i].size(1) && a[i].size(2) == total.size(1) && g[i].size(2) == total.size(0),
-        "sum_grad_power: wanted a [N, T, I] and g [N, T, O] for a total [O, I], given ", shape_of(a[i]), " and ",
-        shape_of(g[i]), " for ", shape_of(total));
-  }
 }
 
 void check_conv(

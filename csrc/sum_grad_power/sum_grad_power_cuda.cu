@@ -1,5 +1,6 @@
 // sum_grad_power in CUDA: what the kernels are given, and how many blocks there are. They multiply without tensor
 // cores; where Triton is installed, its kernels come first.
+#include "checks.h"
 #include "kernels_cuda.h"
 
 #include <algorithm>
@@ -135,15 +136,11 @@ ScalarType check(const Tensor& total, const std::vector<Tensor>& x, const std::v
 void add_sum_grad_power_cuda(Tensor total, std::vector<Tensor> a, std::vector<Tensor> g, int64_t p) {
   const ScalarType dtype = check(total, a, g, p);
   STD_TORCH_CHECK(total.dim() == 2, "sum_grad_power: wanted a total [O, I], given ", shape_of(total));
+  check_linear(total, a, g);
   Problem problem = problem_of(total, p, 1);
   std::vector<Use> uses;
   int64_t positions = 0;
   for (size_t i = 0; i < a.size(); ++i) {
-    STD_TORCH_CHECK(
-        a[i].dim() == 3 && g[i].dim() == 3 && a[i].size(0) == a[0].size(0) && g[i].size(0) == a[0].size(0) &&
-            a[i].size(1) == g[i].size(1) && a[i].size(2) == total.size(1) && g[i].size(2) == total.size(0),
-        "sum_grad_power: wanted a [N, T, I] and g [N, T, O] for a total [O, I], given ", shape_of(a[i]), " and ",
-        shape_of(g[i]), " for ", shape_of(total));
     if (a[i].size(1) > 0) {
       uses.push_back(use_of(torch::stable::transpose(a[i], 1, 2), torch::stable::transpose(g[i], 1, 2)));
       positions += a[i].size(1);

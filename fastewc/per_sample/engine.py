@@ -63,6 +63,7 @@ class PerSampleSums(Interception):
         self._module, self._power, self._impl, self._foreign = module, power, impl, foreign
         self._parameters = dict(parameters)
         self._names = {id(p): name for name, p in parameters.items()}
+        self._gradients = sum(p.numel() for p in parameters.values())
         self._plan: Plan | None = None
         self._samples = 0
         self._gates: dict[str, Tensor] = {}
@@ -109,8 +110,7 @@ class PerSampleSums(Interception):
         kept for backward is about twice what the calls with parameters give).
         """
         assert self._plan is not None
-        gradients = sum(p.numel() for p in self._parameters.values())
-        few, spared = JOINED // (4 * self._plan.largest), gradients // (2 * self._plan.activations)
+        few, spared = JOINED // (4 * self._plan.largest), self._gradients // (2 * self._plan.activations)
         return min(self.chunk(), max(few, batch + spared))
 
     # ---- one batch ----
