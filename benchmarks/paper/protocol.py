@@ -120,6 +120,7 @@ def run_once(
     protocol: Protocol,
     adam_state: dict[str, Any] | None = None,
     after_task: Callable[[], None] = lambda: None,
+    storage: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Train one freshly initialised network on all tasks in a row and test it on all of them.
 
@@ -130,6 +131,7 @@ def run_once(
         protocol: the numbers of the protocol.
         adam_state: Adam's state dict at the end of another run, to go on from (moments and step); None: a new Adam.
         after_task: called after each task, for a progress bar.
+        storage: arguments of :class:`fastewc.EWC` about how Ω and w* are kept; None: float32.
     """
     started = time.perf_counter()
     torch.manual_seed(seed)
@@ -140,7 +142,7 @@ def run_once(
         optimizer.load_state_dict(copy.deepcopy(adam_state))  # torch would go on in the same tensors
     ewc = None
     if row.importance is not None:
-        ewc = fastewc.EWC(model, ewc_lambda=row.ewc_lambda, variant=row.variant)
+        ewc = fastewc.EWC(model, ewc_lambda=row.ewc_lambda, variant=row.variant, **(storage or {}))
         ewc.attach(optimizer)
 
     importance_seconds, when_learned = 0.0, []
