@@ -46,9 +46,7 @@ def accuracy_of(storage: str, seed: int, protocol: Protocol, data_root: str | No
     with warnings.catch_warnings():
         # bfloat16 anchors of float32 weights: how far they are rounded is told at every task.
         warnings.filterwarnings("ignore", message=".*bfloat16")
-        return run_once(
-            PROTECTION, _mnist(data_root), seed=seed, protocol=protocol, storage=STORAGES[storage]
-        ).accuracy
+        return run_once(PROTECTION, _mnist(data_root), seed=seed, protocol=protocol, storage=STORAGES[storage]).accuracy
 
 
 def judge(runs: dict[str, list[float]]) -> tuple[float, bool]:

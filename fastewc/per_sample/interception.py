@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastewc.per_sample.layout import broadcasts
 from fastewc.per_sample.proxy import Operand, Picked, Proxy, found_proxies, replaced, tensors_in
+from fastewc.per_sample.unrolled import unrolled
 
 #: Functions that move entries of their first argument, and do not change, mix or repeat them.
 MOVES = frozenset(
@@ -82,7 +83,7 @@ class Interception:
 
     def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The function's result."""
-        inside = opened(func)
+        inside = opened(func) or unrolled(func, args)
         if inside is not None:
             return inside(*args, **kwargs)
         if writes(func, kwargs):
@@ -103,6 +104,12 @@ class Interception:
         """A function that writes: what it is given is repeated for the samples first, so that torch can do the rest."""
         why = f"{name_of(func)} writes into a tensor"
         target = args[0]
+        alone = isinstance(target, Proxy) and not tensors_in((args, kwargs))
+        if alone and target.operand.made and torch.is_grad_enabled():
+            self.rewritten(target.operand)
+            with torch.enable_grad():  # the write becomes a part of how it was made
+                func(*_values(args), **_values(kwargs))
+            return target
         if isinstance(target, Proxy) or name_of(func) not in FILLS or kwargs.get("out") is not None:
             return self.escape(func, args, kwargs, why)
         place = target.detach()[args[1]] if name_of(func) == "__setitem__" else target.detach()
@@ -110,6 +117,9 @@ class Interception:
         if found_proxies((args, kwargs)):
             return self.escape(func, args, kwargs, why)
         return func(*args, **kwargs)
+
+    def rewritten(self, operand: Operand) -> None:
+        """The memory of something made of parameters is about to change."""
 
     def spread(self, content: Any, place: Tensor) -> Any:
         """The same with every stand-in expanded to the shape of ``place``, if it broadcasts to that."""

@@ -19,10 +19,10 @@ from torch import Tensor
 from fastewc.per_sample.interception import Interception, Key, name_of
 from fastewc.per_sample.layout import Layout, Unclear, confirmed, layout_of
 from fastewc.per_sample.picking import Picking
-from fastewc.per_sample.proxy import found_proxies, tensors_in
+from fastewc.per_sample.proxy import Operand, found_proxies, tensors_in
 
 Decision = Layout | Literal["derived"]
-_RUNS = 6
+_RUNS = 12
 
 
 @dataclass
@@ -46,13 +46,14 @@ class Planner(Interception):
         self._treated: dict[Key, set[bool]] = {}  # as derived or not, in the latest two runs
         self._names: dict[str, tuple[str, ...]] = {}  # of the parameters behind an operand
         self._picking = Picking()
+        self._met: dict[int, Tensor] = {}  # memory, kept, of what samples have met in this run
 
     def watch(self, run: Callable[[int], None]) -> Plan:
         """``run(n)`` runs the model on the first n samples, with proxies in place."""
         for _ in range(_RUNS):
             self._treated = {}
             for samples in (2, 1):
-                self._samples, self._seen[samples] = samples, {}
+                self._samples, self._seen[samples], self._met = samples, {}, {}
                 with self._picking if samples == 2 else nullcontext():
                     run(samples)
             if self._settle():
@@ -87,7 +88,15 @@ class Planner(Interception):
             decision = "derived" if self._looks_derived(key, args, kwargs, tensors) else None
         self._treated.setdefault(key, set()).add(decision == "derived")
         self._names.update((proxy.operand.key, proxy.operand.names) for proxy in found_proxies((args, kwargs)))
-        return self.derived(key, func, args, kwargs) if decision == "derived" else result
+        if decision == "derived":
+            return self.derived(key, func, args, kwargs)
+        self._met.update((operand.value.untyped_storage().data_ptr(), operand.value) for operand in operands)
+        return result
+
+    def rewritten(self, operand: Operand) -> None:
+        """What samples have met before must stay what it was then."""
+        if operand.value.untyped_storage().data_ptr() in self._met:
+            self._refuse(operand.names, "written into after samples have met it")
 
     def escape(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], why: str) -> Any:
         """Not ours to follow."""
@@ -96,13 +105,17 @@ class Planner(Interception):
         return super().escape(func, args, kwargs, why)
 
     def _looks_derived(self, key: Key, args: Sequence[Any], kwargs: dict[str, Any], results: list[Tensor]) -> bool:
-        """With one sample: as large as with two. Before that a guess: nothing else took part, nothing has its size."""
+        """With one sample: as large as with two. Before that a guess, that :meth:`_settle` corrects.
+
+        Nothing else took part, and there is nothing in it with the number of samples, or not more than in a parameter.
+        """
         if self._samples == 1:
             twos, index = self._seen[2].get(key, []), len(self._seen[1][key]) - 1
             if index < len(twos):
                 return [t.shape for t in twos[index][0]] == [t.shape for t in results]
         alone = not any(t.is_floating_point() for t in tensors_in((args, kwargs)))
-        return alone and all(self._samples not in t.shape for t in results)
+        most = max((proxy.numel() for proxy in found_proxies((args, kwargs))), default=0)
+        return alone and all(self._samples not in t.shape or t.numel() <= most for t in results)
 
     def _settle(self) -> bool:
         """Decide every call from the two runs; False if something was treated otherwise than it should have been."""

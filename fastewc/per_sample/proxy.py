@@ -9,6 +9,7 @@ all its taps, fires once the last of them has (the engine of autograd calls a no
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Operand:
         names: the parameters it was made of.
         value: the plain tensor. For one that arithmetic made (``view`` is None) it carries the graph to ``leaves``.
         view: gives the part of a parameter-shaped tensor that this operand is (a transpose, a chunk, a cast: entries
-            are moved, never mixed); None if arithmetic made it.
+            are moved, never mixed); None if arithmetic made it, or a write into its memory since.
         leaves: for arithmetic, by name: the tensors that ``value``'s graph ends in.
         picked: where it came from, if it is made of rows of a table; ``view`` is then of a tensor like these rows.
     """
@@ -49,8 +50,29 @@ class Operand:
         leaves: dict[str, Tensor],
         picked: Picked | None = None,
     ) -> None:
-        self.key, self.names, self.value, self.view, self.leaves = key, names, value, view, leaves
-        self.picked = picked
+        self.key, self.names, self.value, self.leaves = key, names, value, leaves
+        self._moved, self._version = (view, picked), value._version
+
+    @property
+    def view(self) -> Callable[[Tensor], Tensor] | None:
+        """See above."""
+        return None if self._rewritten else self._moved[0]
+
+    @property
+    def picked(self) -> Picked | None:
+        """See above."""
+        return None if self._rewritten else self._moved[1]
+
+    @property
+    def made(self) -> bool:
+        """True for memory of its own, and with a graph: autograd then allows a write, and follows it."""
+        memory = self.value.untyped_storage().data_ptr()
+        own = all(leaf.untyped_storage().data_ptr() != memory for leaf in self.leaves.values())
+        return own and self.value.grad_fn is not None
+
+    @property
+    def _rewritten(self) -> bool:
+        return self.value._version != self._version and self.made
 
     @property
     def plain(self) -> Tensor:
@@ -177,11 +199,17 @@ class Slots:
             for slots, name, parameter in self._places:
                 slots[name] = parameter
             for content, before in attributes:
-                for name in [name for name, value in content.items() if isinstance(value, Proxy)]:
+                for name in [name for name, value in content.items() if _has_proxy(value)]:
                     if name in before:
                         content[name] = before[name]
                     else:
                         del content[name]
+
+
+def _has_proxy(value: Any) -> bool:
+    """Of an attribute. Recurrent layers make a list of their weights, and one of references, when weights change."""
+    some = value if type(value) is list else [value]
+    return any(isinstance(one() if isinstance(one, weakref.ref) else one, Proxy) for one in some)
 
 
 class Tap(torch.autograd.Function):

@@ -329,7 +329,7 @@ def test_zoo_against_autograd(name, dtype):
     assert list(got) == list(trainable)
     assert all(got[n].shape == p.shape and got[n].dtype == dtype for n, p in trainable.items())
     slow = {n for n, (path, _) in got.report.items() if path == "batch-1"}
-    assert slow == {n for n in trainable if n.startswith("rnn.") or name == "custom_function"}
+    assert slow == {n for n in trainable if name == "custom_function"}
     assert not any(path == "op" for path, _ in got.report.values())
 
 

@@ -100,12 +100,40 @@ def test_a_parameter_that_is_also_kept_elsewhere():
     assert_exact(model, TOKENS().double(), slow={"w"})
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_recurrent(kind):
-    model = Lambda(lambda m, x: m.out(m.rnn(m.first(x))[0]), first=nn.Linear(4, 4), rnn=kind(4, 3, batch_first=True),
-                   out=nn.Linear(3, 2))  # fmt: skip
-    slow = {n for n, _ in model.named_parameters() if n.startswith("rnn.")}
-    assert_exact(model.double().eval(), TOKENS().double(), slow=slow)
+@pytest.mark.parametrize("write", ["zero_", "setitem", "mul_"])
+def test_a_write_into_what_was_made_of_a_parameter(write):
+    def forward(model, x):
+        bias = model.out.bias.clone()
+        if write == "zero_":
+            bias[1:3].zero_()
+        elif write == "setitem":
+            bias[1:3] = 0.5
+        else:
+            bias.narrow(0, 0, 2).mul_(3.0)
+        return F.linear(x, model.out.weight, bias)
+
+    model = Lambda(forward, out=nn.Linear(4, 4)).double().eval()
+    assert_exact(model, TOKENS().double(), op={"out.bias"})
+
+
+def test_a_write_into_what_samples_have_met():
+    def forward(model, x):
+        bias = model.out.bias.clone()
+        before = x + bias
+        bias[1:3].zero_()
+        return F.linear(before.tanh(), model.out.weight, bias)
+
+    assert_exact(Lambda(forward, out=nn.Linear(4, 4)).double().eval(), TOKENS().double(), slow={"out.bias"})
+
+
+def test_a_long_way_from_the_parameter_with_sizes_like_the_numbers_of_samples():
+    def forward(model, x):
+        table = F.linear(torch.ones(2, 2, dtype=x.dtype), model.a).relu()
+        table = F.linear(table, model.b).view(4, 1)[[0, 2]].view(1, 2).permute(1, 0).contiguous().unsqueeze(0)
+        return model.out(x) * (2 * table.sigmoid()).view(2)
+
+    model = Lambda(forward, a=weight(2, 2), b=weight(2, 2), out=nn.Linear(4, 2)).double().eval()
+    assert_exact(model, TOKENS().double(), op={"a", "b"})
 
 
 def test_recurrent_by_cells():
