@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from fastewc import _state, _storage, files
 from fastewc._binding import Binding
+from fastewc._fold import Fold
 from fastewc._graphs import LiveNumber, capturing
 from fastewc._names import Exclude, as_patterns, model_parameters, op_dtype, require_matches
 from fastewc._optimizers import Owners
@@ -98,6 +99,7 @@ class EWC:
         self._facts = Importances()
         self._owners = Owners()
         self._live_lambda = LiveNumber()
+        self._half_written = False  # True for good where consolidate() was stopped while it wrote
         self._options.check_anchor_storage(self._binding.parameters)
         _warn_of_running_statistics(model)
 
@@ -151,6 +153,7 @@ class EWC:
 
     def held(self, parameter: Tensor) -> Held | None:
         """(Ω, w*) of one parameter, on its device and of its shape; None where nothing holds it (yet)."""
+        self._require_whole()
         name = self._binding.name_by_id.get(id(parameter)) if self.num_tasks else None
         if name is None:
             return None
@@ -179,8 +182,10 @@ class EWC:
                 that matches nothing (first call).
             TypeError: no mapping of tensors.
             NotImplementedError: DTensor values.
-            After any error nothing has changed. A UserWarning says how much 16-bit anchors were rounded, where they
-            were.
+            After any of these nothing has changed: all is checked before anything is written. Later tasks are then
+            written into the tensors that are held, since a second set would double the memory: stopped in the middle
+            (Ctrl-C, no memory for a few MB), the object refuses every use until a state is loaded. A UserWarning says
+            how much 16-bit anchors were rounded, where they were.
         """
         if not isinstance(importance, Mapping):
             raise TypeError(f"importance must map parameter names to tensors, got {type(importance).__name__}")
@@ -198,21 +203,20 @@ class EWC:
         fresh = _state.checked_importance(
             importance, parameters, self.exclude, model_parameters(self.model), strict=strict
         )
-        new_importance: dict[str, Tensor | Codes] = {}
-        new_anchor: dict[str, Tensor] = {}
-        rounding = _storage.AnchorRounding()
         with torch.no_grad():
-            for name, value in fresh.items():
-                p, kind = parameters[name], self._options.importance_dtype
-                omega, anchor = _state.fold(None if first else self.held(p), value, p, self._options)
-                _state.check_finite({name: omega}, "the summed importance (Ω̄ ← γΩ̄ + Ω)")
-                _storage.check_range(name, omega, kind)
-                draws = None if first else _storage.draws(name, self.num_tasks, p)
-                new_importance[name] = _storage.store_importance(omega, p, kind, draws)
-                running = draws if self.anchor == "weighted" else None
-                new_anchor[name] = _storage.store_anchor(anchor, self._options.anchor_dtype or p.dtype, running)
-                rounding.add(anchor, new_anchor[name])
-        self._importance, self._anchor = new_importance, new_anchor
+            folds = [
+                Fold(name, parameters[name], value, None if first else self.held(parameters[name]), self._options)
+                for name, value in fresh.items()
+            ]
+            for fold in folds:
+                fold.check()
+            rounding = _storage.AnchorRounding()
+            self._half_written = not first
+            written = {fold.name: fold.write(self.num_tasks, rounding) for fold in folds}
+            if first:
+                self._importance = {name: omega for name, (omega, _) in written.items()}
+                self._anchor = {name: star for name, (_, star) in written.items()}
+            self._half_written = False
         self._facts.add(importance)
         if rounding.largest > 0:
             warnings.warn(
@@ -368,8 +372,17 @@ class EWC:
         """How this optimizer applies the penalty by itself, "fused" or "attached"; None if it does not."""
         return self._owners.how(optimizer)
 
+    def _require_whole(self) -> None:
+        if self._half_written:
+            raise RuntimeError(
+                "consolidate() was stopped while it wrote the new importances and anchors (by Ctrl-C, or for want of "
+                "memory), so some are of the new task and some are not: load_state_dict() a saved state, or EWC.load() "
+                "a file"
+            )
+
     def check_owner(self, optimizer: Optimizer) -> None:
         """Raise RuntimeError if another optimizer has taken over, or the model was rebound away from this one."""
+        self._require_whole()
         self._owners.check(optimizer)
 
     def importances(self) -> Importance:
@@ -392,7 +405,8 @@ class EWC:
         With importance_dtype=torch.uint8 "importance" holds codes and "importance_scales" their scales, one for 1,024
         codes in the order of their memory; else the latter is empty.
 
-        The same keys before the first task (zeros, and the current weights). Tensors are ewc's own, not copies.
+        The same keys before the first task (zeros, and the current weights). Tensors are ewc's own, not copies:
+        :meth:`consolidate` writes into them. ``copy.deepcopy`` keeps a state in memory.
         """
         if self.num_tasks:
             for p in self._binding.parameters.values():
@@ -488,6 +502,7 @@ class EWC:
         _state.require_finite(anchor, "the loaded anchor")
         self._options, self._facts, self._binding = options, facts, binding
         self._importance, self._anchor = (importance, anchor) if facts.num_tasks else ({}, {})
+        self._half_written = False
         self._live_lambda.set(options.ewc_lambda)
         changes.warn()
 

@@ -78,6 +78,21 @@ class Codes:
         """A copy in memory of its own."""
         return Codes(self.codes.clone(), self.scales.clone())
 
+    def flat(self) -> Codes:
+        """The same memory as codes [n], in its order."""
+        return Codes(in_memory(self.codes), self.scales)
+
+    def __getitem__(self, elements: slice) -> Codes:
+        """Of :meth:`flat` codes, the elements of a slice that begins with a block: a view."""
+        begin, end, _ = elements.indices(self.numel())
+        return Codes(self.codes[begin:end], self.scales[begin // BLOCK : -(-end // BLOCK)])
+
+    def copy_(self, other: Codes) -> Codes:
+        """Take over the codes and scales of another one of this shape and order."""
+        self.codes.copy_(other.codes)
+        self.scales.copy_(other.scales)
+        return self
+
     def to(self, device: torch.device) -> Codes:
         """On another device; itself if it is there."""
         if device == self.device:
@@ -96,7 +111,7 @@ class Codes:
     def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Ω as a new tensor with the strides of the codes."""
         out = torch.empty_strided(self.shape, self.codes.stride(), dtype=dtype, device=self.device)
-        flat, codes = _in_memory(out), _in_memory(self.codes)
+        flat, codes = in_memory(out), in_memory(self.codes)
         grid, scales = _grid(self.device, dtype), self.scales.to(dtype)
         for begin, end in _runs(self.numel()):
             torch.index_select(grid, 0, codes[begin:end].int(), out=flat[begin:end])
@@ -136,7 +151,7 @@ def encode(value: Tensor, parameter: Tensor, generator: torch.Generator | None =
     scales = torch.empty(-(-value.numel() // BLOCK), dtype=torch.float32, device=value.device)
     if not lies_as(value, order):
         value = torch.empty_strided(value.shape, order, dtype=value.dtype, device=value.device).copy_(value)
-    values, flat = _in_memory(value), _in_memory(codes)
+    values, flat = in_memory(value), in_memory(codes)
     for begin, end in _runs(value.numel()):
         blocks = pad(values[begin:end], (0, -(end - begin) % BLOCK)).view(-1, BLOCK)
         found, own = _encode_blocks(blocks, generator)
@@ -197,7 +212,7 @@ def _grid(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.cat([torch.zeros(1).double(), torch.ldexp(mantissa, octave - 23)]).to(device, dtype)
 
 
-def _in_memory(t: Tensor) -> Tensor:
+def in_memory(t: Tensor) -> Tensor:
     """The elements of a dense tensor in the order of its memory, a view."""
     return t.as_strided((t.numel(),), (1,))
 

@@ -33,8 +33,9 @@ selects the reference implementation; ``foreach`` is accepted and has no effect;
 sparse and complex gradients raise.
 
 In a CUDA graph (Adam and AdamW: ``capturable=True``) every replay reads λ, and a learning rate that is a tensor
-on the GPU, as they are then. At least one step must run before the capture. A graph keeps the Ω and w* that it
-was captured with: capture again after ``ewc.consolidate``.
+on the GPU, as they are then. At least one step must run before the capture. A graph keeps the tensors of Ω and w*
+that it was captured with: capture again after the first ``ewc.consolidate``, after loading a state and after
+``ewc.rebind``; later tasks are written into the same tensors.
 
 Args:
     ewc: a :class:`fastewc.EWC` over the same parameters: α is the live learning rate of each group, λ is read
