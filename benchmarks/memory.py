@@ -5,7 +5,7 @@ python -m benchmarks.memory [--device cpu] [--only SUBSTRING ...] [--out FILE]
 Every configuration has a process of its own, which makes a transformer's parameters and gradients, and nothing else,
 before it begins. Two kinds of figures:
 
-* held: the storages of all tensors that the process still holds after ten steps and two tasks.
+* held: the storages of all tensors that the process still holds on the device after twenty steps and two tasks.
 * peaks beyond parameters, gradients and (of consolidate) the importance that it is given: of the process's resident
   memory on a CPU, of torch's allocator on a GPU. Blocks of the C allocator go back to the system as they are freed
   (MALLOC_MMAP_THRESHOLD_), so that what one call frees is not counted for the next.
@@ -85,6 +85,7 @@ def _configurations() -> list[Configuration]:
         found.append(Configuration(how="attach", ewc={"variant": "wva", **kept}))
     found.append(Configuration(how="none", dtype=torch.bfloat16))
     found += [Configuration(ewc=kept, dtype=torch.bfloat16) for kept in ({}, BFLOAT16, SMALLEST)]
+    found += [Configuration(how=how, ewc={**SMALLEST, "offload": True}) for how in ("fused", "attach", "penalty")]
     return found
 
 
@@ -136,11 +137,11 @@ class Run:
         return found
 
 
-def storages() -> dict[int, int]:
-    """Address → bytes of every storage that a Python tensor holds in this process."""
+def storages(device: str) -> dict[int, int]:
+    """Address → bytes of every storage on the device that a Python tensor holds in this process."""
     gc.collect()
     tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
-    held = [t.untyped_storage() for t in tensors if t.layout == torch.strided and not t.is_meta]
+    held = [t.untyped_storage() for t in tensors if t.layout == torch.strided and t.device.type == device]
     return {storage.data_ptr(): storage.nbytes() for storage in held}
 
 
@@ -152,7 +153,7 @@ def measure(configuration: Configuration, device: str, shapes: Sequence[Shape] =
     rehearsal.consolidate(rehearsal.importance())
     del rehearsal
     run = Run(configuration, shapes, device)
-    before, baseline = storages(), high_water(lambda: None, device)
+    before, baseline = storages(device), high_water(lambda: None, device)
 
     def peak(call: Callable[[], None], given: Mapping[str, Tensor]) -> float | None:
         found = high_water(call, device)
@@ -168,7 +169,7 @@ def measure(configuration: Configuration, device: str, shapes: Sequence[Shape] =
     later = peak(lambda: run.consolidate(importance), importance)
     importance.clear()
     run.steps()  # a plan of the optimizer may hold what consolidate has replaced
-    held = sum(size for address, size in storages().items() if address not in before)
+    held = sum(size for address, size in storages(device).items() if address not in before)
     return dict(zip(FIGURES, (held / run.count, steps, first, later), strict=True))
 
 
@@ -200,7 +201,8 @@ def main() -> None:
     print(f"{weights:,} parameters in {len(MODEL)} tensors; bytes per parameter")
     print(f"{'':98}" + "".join(f"{figure:>20}" for figure in FIGURES))
     for name in CONFIGURATIONS:
-        if not any(part in name for part in args.only):
+        of_no_effect = args.device == "cpu" and "offload" in CONFIGURATIONS[name].ewc
+        if of_no_effect or not any(part in name for part in args.only):
             continue
         found = measured_apart(name, args.device, args.threads)
         print(

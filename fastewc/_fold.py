@@ -30,7 +30,7 @@ class Fold:
         name: of the parameter, for errors and for what rounds it.
         parameter: its value is w_K.
         fresh: Ω_K, of its shape, on any device, in any float dtype.
-        held: Ω̄ and w* so far, on its device; None at the first task.
+        held: Ω̄ and w* so far, on its device or the host; None at the first task.
         options: of the EWC.
     """
 
@@ -58,7 +58,9 @@ class Fold:
             rounding: told how far anchors were rounded.
         """
         p, order = self.parameter, self._order
-        omega, anchor = self.held or _storage.blank(p, self.options.importance_dtype, self._anchor_dtype)
+        omega, anchor = self.held or _storage.blank(
+            p, self.options.importance_dtype, self.options.anchor_dtype or p.dtype, self.options.offload
+        )
         flat_omega, flat_anchor = _flat(omega, order), _flat(anchor, order)
         now, fresh = _flat(p.detach(), order), _flat(self.fresh, order)
         draws = None if self.held is None else _storage.draws(self.name, task, p)
@@ -68,11 +70,12 @@ class Fold:
             star, exact = flat_anchor[begin:end], now[begin:end]
             if weighted:
                 share = torch.where(total > 0, own / total, 1.0)
-                exact = torch.lerp(star.to(own.dtype), exact.to(own.dtype), share)
+                exact = torch.lerp(star.to(own), exact.to(own), share)
             stored = _storage.store_importance(total, self.options.importance_dtype, draws)
             flat_omega[begin:end].copy_(stored)  # type: ignore[arg-type]  # both are codes, or both are numbers
-            star.copy_(_storage.rounded(exact, star.dtype, draws if weighted else None))
-            rounding.add(exact, star)
+            kept = _storage.rounded(exact, star.dtype, draws if weighted else None)
+            star.copy_(kept)
+            rounding.add(exact, kept)
         _give_back(flat_omega, omega, order)
         _give_back(flat_anchor, anchor, order)
         return omega, anchor
@@ -80,10 +83,6 @@ class Fold:
     @property
     def _order(self) -> tuple[int, ...]:
         return dense_order(self.parameter)
-
-    @property
-    def _anchor_dtype(self) -> torch.dtype:
-        return self.options.anchor_dtype or self.parameter.dtype
 
     def _pieces(self) -> Iterator[tuple[int, int]]:
         n = self.parameter.numel()
@@ -95,7 +94,7 @@ class Fold:
         own = fresh[begin:end].to(p.device, op_dtype(p))
         if old is None:
             return own, own
-        return own, self.options.gamma * numbers(old[begin:end], own.dtype) + own
+        return own, self.options.gamma * numbers(old[begin:end].to(own.device), own.dtype) + own
 
 
 @overload

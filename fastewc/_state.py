@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastewc import _storage
 from fastewc._names import as_patterns, is_dtensor, matches, op_dtype
-from fastewc._storage import ANCHOR_DTYPES, IMPORTANCE_DTYPES
+from fastewc._storage import ANCHOR_DTYPES, IMPORTANCE_DTYPES, Held
 from fastewc.ops.importance_codes import Codes
 
 VARIANTS = ("plain", "stabilized", "proximal", "wva")
@@ -69,9 +69,12 @@ class Options:
     anchor: str
     importance_dtype: torch.dtype = torch.float32
     anchor_dtype: torch.dtype | None = None
+    offload: bool = False
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.offload, bool):
+            raise TypeError(f"offload must be True or False, got {self.offload!r}")
         if self.variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
         if self.anchor not in ANCHORS:
@@ -86,6 +89,10 @@ class Options:
             raise ValueError(
                 f"anchor_dtype must be None, torch.float32, torch.float64 or torch.bfloat16, got {self.anchor_dtype!r}"
             )
+
+    def follow(self, held: Held, parameter: Tensor) -> Held:
+        """Ω̄ and w* where and as the parameter and these options want them; the same objects where they are so."""
+        return _storage.follow(held, parameter, self.importance_dtype, self.anchor_dtype, self.offload)
 
     def check_anchor_storage(self, parameters: Mapping[str, Tensor]) -> None:
         """A running mean would stall under rounding to nearest, and float16 has no other here: refuse it."""
@@ -119,6 +126,7 @@ class Options:
             anchor=state["anchor_kind"],
             importance_dtype=_dtype(state["importance_dtype"]),
             anchor_dtype=None if state["anchor_dtype"] is None else _dtype(state["anchor_dtype"]),
+            offload=state.get("offload", False),  # absent from older files
             exclude=as_patterns(state["exclude"]),
         )
 
@@ -332,8 +340,8 @@ def fit(
         if name not in importance:
             changes.added.append(name)
             zeros = torch.zeros_like(p, dtype=op_dtype(p), requires_grad=False)
-            out_importance[name] = _storage.store_importance(zeros, options.importance_dtype, parameter=p)
-            out_anchor[name] = p.detach().to(dtype, copy=True)
+            zeros_held = _storage.store_importance(zeros, options.importance_dtype, parameter=p)
+            out_importance[name], out_anchor[name] = options.follow((zeros_held, p.detach().to(dtype, copy=True)), p)
             continue
         omega, star = importance[name], anchor[name]
         kinds_fit = isinstance(omega, Codes) or omega.is_floating_point()
@@ -348,7 +356,8 @@ def fit(
             changes.grown.append(name)
         if torch.promote_types(star.dtype, dtype) != dtype:
             changes.narrowed.append(name)
-        out_importance[name], out_anchor[name] = _storage.grown(omega, star, p, options.importance_dtype, dtype)
+        held = _storage.grown(omega, star, p, options.importance_dtype, dtype)
+        out_importance[name], out_anchor[name] = options.follow(held, p)
     if strict and changes:
         problems = listing(
             ("missing", changes.added),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastewc._names import op_dtype
+from fastewc._offload import home, pinned
 from fastewc.ops._parts import dense_order
 from fastewc.ops.importance_codes import BLOCK, LARGEST, Codes, encode, numbers
 
@@ -23,17 +24,18 @@ def draws(name: str, task: int, parameter: Tensor) -> torch.Generator:
     return torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{task}:{name}".encode()))
 
 
-def blank(parameter: Tensor, importance_dtype: torch.dtype, anchor_dtype: torch.dtype) -> Held:
+def blank(parameter: Tensor, importance_dtype: torch.dtype, anchor_dtype: torch.dtype, offload: bool) -> Held:
     """Memory for Ω̄ and w* of a parameter, in the order of its own."""
+    device, order = home(parameter, offload), dense_order(parameter)
 
     def empty(dtype: torch.dtype) -> Tensor:
-        order = dense_order(parameter)
-        return torch.empty_strided(parameter.shape, order, dtype=dtype, device=parameter.device)
+        return torch.empty_strided(parameter.shape, order, dtype=dtype, device=device)
 
+    anchor = pinned(empty(anchor_dtype), parameter)
     if importance_dtype == torch.uint8:
-        scales = torch.empty(-(-parameter.numel() // BLOCK), dtype=torch.float32, device=parameter.device)
-        return Codes(empty(torch.uint8), scales), empty(anchor_dtype)
-    return empty(importance_storage(parameter, importance_dtype)), empty(anchor_dtype)
+        scales = torch.empty(-(-parameter.numel() // BLOCK), dtype=torch.float32, device=device)
+        return pinned(Codes(empty(torch.uint8), scales), parameter), anchor
+    return pinned(empty(importance_storage(parameter, importance_dtype)), parameter), anchor
 
 
 def importance_storage(parameter: Tensor, importance_dtype: torch.dtype) -> torch.dtype:
@@ -77,12 +79,19 @@ def check_range(name: str, value: Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def follow(held: Held, parameter: Tensor, importance_dtype: torch.dtype, anchor_dtype: torch.dtype | None) -> Held:
-    """Ω̄ and w* on the parameter's device and as its dtype and layout want them; the same objects where they are so."""
+def follow(
+    held: Held, parameter: Tensor, importance_dtype: torch.dtype, anchor_dtype: torch.dtype | None, offload: bool
+) -> Held:
+    """Ω̄ and w* where and as the parameter wants them: its device or the host, its dtype and layout.
+
+    The same objects where they are so.
+    """
     omega, anchor = held
-    dtype = importance_storage(parameter, importance_dtype)
-    omega = omega.relaid(parameter) if isinstance(omega, Codes) else omega.to(parameter.device, dtype)
-    return omega, anchor.to(parameter.device, anchor_dtype or parameter.dtype)
+    device = home(parameter, offload)
+    anchor = pinned(anchor.to(device, anchor_dtype or parameter.dtype), parameter)
+    if isinstance(omega, Codes):
+        return pinned(omega.to(device).relaid(parameter), parameter), anchor
+    return pinned(omega.to(device, importance_storage(parameter, importance_dtype)), parameter), anchor
 
 
 def grown(

@@ -11,25 +11,11 @@ from torch.utils._pytree import tree_leaves
 from fastewc import EWC, _fold, _storage
 from fastewc.ops.importance_codes import BLOCK, numbers
 from fastewc.optim import SGD
-from tests.helpers import assert_same, importance_of, move, net
+from tests.helpers import Odd, assert_same, importance_of, move, net
 
 KINDS = [(torch.float32, None), (torch.bfloat16, torch.bfloat16), (torch.uint8, torch.bfloat16), (torch.uint8, None)]
 kinds = pytest.mark.parametrize(("importance_dtype", "anchor_dtype"), KINDS, ids=str)
 pytestmark = pytest.mark.filterwarnings("ignore:anchors were rounded")
-
-
-class Odd(nn.Module):
-    """Parameters of every layout: several pieces and a rest, channels_last, permuted, with gaps, 0-dim, empty."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.long = nn.Parameter(torch.randn(3 * BLOCK + 17))
-        self.image = nn.Parameter(torch.randn(30, 20, 3, 3).to(memory_format=torch.channels_last))
-        self.turned = nn.Parameter(torch.randn(40, 70).T)
-        self.gaps = nn.Parameter(torch.randn(50, 120)[:, ::2])
-        self.number = nn.Parameter(torch.randn(()))
-        self.empty = nn.Parameter(torch.randn(0, 3))
 
 
 def odd(tasks: int, anchor: str = "latest", **options: object) -> EWC:

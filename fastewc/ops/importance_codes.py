@@ -36,7 +36,7 @@ BLOCK = 1024
 #: The largest Ω that has a code.
 LARGEST = 2.0**127
 _SMALLEST_SCALE = -126  # as an exponent of two: the smallest normal float32
-_BLOCKS_AT_A_TIME = 4096  # encoding has some ten temporaries of this many blocks
+_BLOCKS_AT_A_TIME = 512  # encoding has some ten temporaries of this many blocks
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,8 @@ class Codes:
         return lies_as(self.codes, dense_order(parameter))
 
     def relaid(self, parameter: Tensor) -> Codes:
-        """On the parameter's device and in the order of its memory; itself where it is so."""
-        found = self.to(parameter.device)
-        return found if found.lie_as(parameter) else encode(found.decoded(), parameter)
+        """In the order of the parameter's memory; itself where it is so."""
+        return self if self.lie_as(parameter) else encode(self.decoded(), parameter)
 
     def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Ω as a new tensor with the strides of the codes."""
@@ -141,7 +140,7 @@ def encode(value: Tensor, parameter: Tensor, generator: torch.Generator | None =
     """The codes of Ω, in the order of the parameter's memory.
 
     Args:
-        value: Ω, finite and ≥ 0, at most LARGEST: float32 or float64, of the parameter's shape and device.
+        value: Ω, finite and ≥ 0, at most LARGEST: float32 or float64, of the parameter's shape.
         parameter: decides the order.
         generator: rounds stochastically, x between neighbours a < b to b with probability (x − a)/(b − a); None rounds
             to nearest.
