@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from fastewc import EWC, PathIntegral, _fold, _offload
 from fastewc import optim as ours
 from fastewc._offload import CudaStreams, Part, Stager, can_cut
+from fastewc.ops.ewc_step import api
 from fastewc.ops.importance_codes import BLOCK, Codes, in_memory
+from fastewc.optim import _plan
 from fastewc.testing import assert_within_roundings
 from tests.helpers import Odd, assert_same, importance_of, move, net
+from tests.ops import interpreter
 
 VARIANTS = ["plain", "stabilized", "proximal", "wva"]
 KINDS = [(torch.float32, None), (torch.bfloat16, torch.bfloat16), (torch.uint8, torch.bfloat16), (torch.uint8, None)]
@@ -182,6 +185,29 @@ def test_fused_steps_have_the_bits_of_the_resident_ones(step, variant, importanc
     assert forced[0].sent > 6 and (forced[0].cut > 3 or step == "clipped")
     if "max_grad_norm" in arguments:
         assert torch.equal(opts[0].grad_norm, opts[1].grad_norm)
+
+
+@pytest.mark.skipif(
+    not interpreter.INTERPRETED, reason="test_triton_in_the_interpreter runs it in a process of its own"
+)
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_triton_steps(variant, forced, monkeypatch):
+    from fastewc.ops.ewc_step import triton
+
+    monkeypatch.setattr(_plan, "implementation", lambda impl, device: api._counted(triton.ewc_step))
+    pair = twins(Odd(), variant=variant, importance_dtype=torch.uint8)
+    opts = [ours.AdamW(e.model.parameters(), lr=0.01, ewc=e) for e in pair]
+    for k in range(2):
+        for ewc, opt in zip(pair, opts, strict=True):
+            give_grads(ewc.model, k)
+            opt.step()
+    assert_bits(*pair, *opts)
+    assert forced[0].cut > 3
+
+
+def test_triton_in_the_interpreter():
+    interpreter.run(f"{__file__}::test_triton_steps")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
