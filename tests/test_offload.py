@@ -244,8 +244,9 @@ def test_attached_steps_and_the_penalty_have_the_bits_of_the_resident_ones(
     stats = [ewc.stats(0.05) for ewc in pair]
     for key, value in stats[0].items():
         if key in ("penalty", "rms_drift"):
+            # Σ by blocks in float64, each of float32 sums of 1,024; the reference sums a part in float32.
             one, other = torch.tensor([stats[1][key]]).double(), torch.tensor([value]).double()
-            assert_within_roundings(one, other, roundings=10_000)
+            assert_within_roundings(one, other, roundings=40, dtype=torch.float32)
         else:
             assert stats[1][key] == value
     for ewc, opt in zip(pair, opts, strict=True):
