@@ -140,7 +140,7 @@ class Run:
 def storages(device: str) -> dict[int, int]:
     """Address → bytes of every storage on the device that a Python tensor holds in this process."""
     gc.collect()
-    tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
+    tensors = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
     held = [t.untyped_storage() for t in tensors if t.layout == torch.strided and t.device.type == device]
     return {storage.data_ptr(): storage.nbytes() for storage in held}
 
