@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU machine can show, without a network, in under 9 minutes:
 #   bash benchmarks/gpu.sh OUTDIR             the checks, the GPU tests, the ops, and our importances beside a plain pass
-#   bash benchmarks/gpu.sh OUTDIR importance  importances against every peer, in under 9 minutes of its own
+#   bash benchmarks/gpu.sh OUTDIR importance  importances against every peer, and memory, in under 9 minutes of its own
 # Wants a python3 with torch >= 2.11 (PYTHON=... names another). A step that fails does not stop the others; the last
 # line says which failed. Without a GPU the steps run on the CPU and the GPU tests are skipped.
 set -uo pipefail
@@ -50,6 +50,7 @@ step info 20 env -C "$out" "$python" -m fastewc info
 importance=(-m benchmarks.importance --workloads "${workloads[@]}" --out "$out/importance.json")
 if [ "$part" = importance ]; then
   step importance 400 "$python" "${importance[@]}" --seconds 2 --compile-seconds 60
+  step memory 120 "$python" -m benchmarks.memory --only "AdamW fused, importance" offload --out "$out/memory.json"
 else
   step check 60 env -C "$out" "$python" -m fastewc check
   step pytest 150 "$python" -m pytest -m gpu -p no:cacheprovider

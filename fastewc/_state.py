@@ -18,7 +18,7 @@ from torch import Tensor
 from fastewc import _storage
 from fastewc._names import as_patterns, is_dtensor, matches, op_dtype
 from fastewc._storage import ANCHOR_DTYPES, IMPORTANCE_DTYPES, Held
-from fastewc.ops.importance_codes import Codes, numbers
+from fastewc.ops.importance_codes import Codes
 
 VARIANTS = ("plain", "stabilized", "proximal", "wva")
 ANCHORS = ("latest", "weighted")
@@ -69,9 +69,12 @@ class Options:
     anchor: str
     importance_dtype: torch.dtype = torch.float32
     anchor_dtype: torch.dtype | None = None
+    offload: bool = False
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.offload, bool):
+            raise TypeError(f"offload must be True or False, got {self.offload!r}")
         if self.variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
         if self.anchor not in ANCHORS:
@@ -86,6 +89,10 @@ class Options:
             raise ValueError(
                 f"anchor_dtype must be None, torch.float32, torch.float64 or torch.bfloat16, got {self.anchor_dtype!r}"
             )
+
+    def follow(self, held: Held, parameter: Tensor) -> Held:
+        """Ω̄ and w* where and as the parameter and these options want them; the same objects where they are so."""
+        return _storage.follow(held, parameter, self.importance_dtype, self.anchor_dtype, self.offload)
 
     def check_anchor_storage(self, parameters: Mapping[str, Tensor]) -> None:
         """A running mean would stall under rounding to nearest, and float16 has no other here: refuse it."""
@@ -119,6 +126,7 @@ class Options:
             anchor=state["anchor_kind"],
             importance_dtype=_dtype(state["importance_dtype"]),
             anchor_dtype=None if state["anchor_dtype"] is None else _dtype(state["anchor_dtype"]),
+            offload=state.get("offload", False),  # absent from older files
             exclude=as_patterns(state["exclude"]),
         )
 
@@ -204,7 +212,10 @@ def tensors_of(state: Mapping[str, Any], key: str) -> dict[str, Tensor]:
 def require_finite(named: Mapping[str, Tensor], what: str) -> None:
     """ValueError naming the first parameter with a NaN or infinite value."""
     for name, value in named.items():
-        if not bool(torch.isfinite(value).all()):
+        if value.numel() == 0:
+            continue
+        low, high = value.aminmax()  # NaN where there is one, and unlike isfinite without temporaries
+        if not bool(low.isfinite() & high.isfinite()):
             kind = "NaN" if bool(torch.isnan(value).any()) else "infinite"
             raise ValueError(f"{what} of {name!r} has {kind} values; it must be finite")
 
@@ -232,7 +243,9 @@ def checked_importance(
     *,
     strict: bool,
 ) -> dict[str, Tensor]:
-    """The importance of every protected parameter, on its device, in its op dtype; see EWC.consolidate for the errors.
+    """The importance of every protected parameter, as it was given; see EWC.consolidate for the errors.
+
+    Values are not looked at; zeros stand for a missing one.
 
     ``present`` are all of the model's parameters, frozen ones too: they only make the error text say more.
     """
@@ -263,7 +276,7 @@ def checked_importance(
     for name, parameter in parameters.items():
         value = given.get(name)
         if value is None:
-            found[name] = torch.zeros(parameter.shape, dtype=op_dtype(parameter), device=parameter.device)
+            found[name] = torch.zeros((), device=parameter.device).expand(parameter.shape)
             continue
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -280,25 +293,8 @@ def checked_importance(
             raise ValueError(
                 f"the importance of {name!r} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
             )
-        found[name] = value.detach().to(parameter.device, op_dtype(parameter))
-    check_finite(found, "the importance")
+        found[name] = value.detach()
     return found
-
-
-def fold(held: Held | None, fresh: Tensor, parameter: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """One parameter's (Ω̄, w*) after a task with importance ``fresh`` that ended at the current weights, unrounded.
-
-    Ω̄ ← γΩ̄ + Ω_K. "latest" (E11): w* = w_K. "weighted" (E10): w* ← w* + (Ω_K/Ω̄)(w_K − w*) with the new Ω̄, and w_K
-    where Ω̄ = 0: the centred form, which does not cancel as ΣΩ_k w_k² − … would.
-    """
-    now = parameter.detach()
-    if held is None:
-        return fresh.clone(), now
-    total = options.gamma * numbers(held[0], fresh.dtype) + fresh
-    if options.anchor == "latest":
-        return total, now
-    share = torch.where(total > 0, fresh / total, 1.0)
-    return total, torch.lerp(held[1].to(fresh.dtype), now.to(fresh.dtype), share)
 
 
 def importances_of(state: Mapping[str, Any]) -> dict[str, Tensor | Codes]:
@@ -344,8 +340,8 @@ def fit(
         if name not in importance:
             changes.added.append(name)
             zeros = torch.zeros_like(p, dtype=op_dtype(p), requires_grad=False)
-            out_importance[name] = _storage.store_importance(zeros, p, options.importance_dtype)
-            out_anchor[name] = p.detach().to(dtype, copy=True)
+            zeros_held = _storage.store_importance(zeros, options.importance_dtype, parameter=p)
+            out_importance[name], out_anchor[name] = options.follow((zeros_held, p.detach().to(dtype, copy=True)), p)
             continue
         omega, star = importance[name], anchor[name]
         kinds_fit = isinstance(omega, Codes) or omega.is_floating_point()
@@ -360,7 +356,8 @@ def fit(
             changes.grown.append(name)
         if torch.promote_types(star.dtype, dtype) != dtype:
             changes.narrowed.append(name)
-        out_importance[name], out_anchor[name] = _storage.grown(omega, star, p, options.importance_dtype, dtype)
+        held = _storage.grown(omega, star, p, options.importance_dtype, dtype)
+        out_importance[name], out_anchor[name] = options.follow(held, p)
     if strict and changes:
         problems = listing(
             ("missing", changes.added),

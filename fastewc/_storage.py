@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fastewc._names import op_dtype
-from fastewc.ops.importance_codes import LARGEST, Codes, encode, numbers
+from fastewc._offload import home, pinned
+from fastewc.ops._parts import dense_order
+from fastewc.ops.importance_codes import BLOCK, LARGEST, Codes, encode, numbers
 
 IMPORTANCE_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 ANCHOR_DTYPES = (None, torch.float32, torch.float64, torch.bfloat16)
@@ -22,20 +24,40 @@ def draws(name: str, task: int, parameter: Tensor) -> torch.Generator:
     return torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{task}:{name}".encode()))
 
 
+def blank(parameter: Tensor, importance_dtype: torch.dtype, anchor_dtype: torch.dtype, offload: bool) -> Held:
+    """Memory for Ω̄ and w* of a parameter, in the order of its own."""
+    device, order = home(parameter, offload), dense_order(parameter)
+
+    def empty(dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(parameter.shape, order, dtype=dtype, device=device)
+
+    anchor = pinned(empty(anchor_dtype), parameter)
+    if importance_dtype == torch.uint8:
+        scales = torch.empty(-(-parameter.numel() // BLOCK), dtype=torch.float32, device=device)
+        return pinned(Codes(empty(torch.uint8), scales), parameter), anchor
+    return pinned(empty(importance_storage(parameter, importance_dtype)), parameter), anchor
+
+
+def importance_storage(parameter: Tensor, importance_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of an Ω̄ that is not in codes: bfloat16, or that of the arithmetic."""
+    return torch.bfloat16 if importance_dtype == torch.bfloat16 else op_dtype(parameter)
+
+
 def store_importance(
-    value: Tensor, parameter: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
+    value: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None, parameter: Tensor | None = None
 ) -> Tensor | Codes:
-    """Ω as it is kept: as it is for float32, one byte a weight for uint8; stochastically rounded with a generator."""
+    """Ω as it is kept: as it is for float32, one byte a weight for uint8; stochastically rounded with a generator.
+
+    ``parameter`` decides the order of codes; None: the value's own.
+    """
     if dtype == torch.uint8:
-        return encode(value, parameter, generator)
+        return encode(value, value if parameter is None else parameter, generator)
     return to_bfloat16(value, generator) if dtype == torch.bfloat16 else value
 
 
-def store_anchor(value: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """A copy of w* as it is kept; stochastically rounded with a generator, where that is implemented: in bfloat16."""
-    if dtype == torch.bfloat16 and generator is not None:
-        return to_bfloat16(value, generator)
-    return value.to(dtype, copy=True)
+def rounded(value: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+    """w* as it is kept; stochastically rounded with a generator, where that is implemented: in bfloat16."""
+    return to_bfloat16(value, generator) if dtype == torch.bfloat16 else value.to(dtype)
 
 
 def to_bfloat16(value: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -57,12 +79,19 @@ def check_range(name: str, value: Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def follow(held: Held, parameter: Tensor, importance_dtype: torch.dtype, anchor_dtype: torch.dtype | None) -> Held:
-    """Ω̄ and w* on the parameter's device and as its dtype and layout want them; the same objects where they are so."""
+def follow(
+    held: Held, parameter: Tensor, importance_dtype: torch.dtype, anchor_dtype: torch.dtype | None, offload: bool
+) -> Held:
+    """Ω̄ and w* where and as the parameter wants them: its device or the host, its dtype and layout.
+
+    The same objects where they are so.
+    """
     omega, anchor = held
-    dtype = torch.bfloat16 if importance_dtype == torch.bfloat16 else op_dtype(parameter)
-    omega = omega.relaid(parameter) if isinstance(omega, Codes) else omega.to(parameter.device, dtype)
-    return omega, anchor.to(parameter.device, anchor_dtype or parameter.dtype)
+    device = home(parameter, offload)
+    anchor = pinned(anchor.to(device, anchor_dtype or parameter.dtype), parameter)
+    if isinstance(omega, Codes):
+        return pinned(omega.to(device).relaid(parameter), parameter), anchor
+    return pinned(omega.to(device, importance_storage(parameter, importance_dtype)), parameter), anchor
 
 
 def grown(
@@ -78,7 +107,7 @@ def grown(
     omega[corner] = numbers(importance, omega.dtype).to(parameter.device)
     star = parameter.detach().to(dtype, copy=True)
     star[corner] = anchor.to(parameter.device, dtype)
-    return store_importance(omega, parameter, importance_dtype), star
+    return store_importance(omega, importance_dtype, parameter=parameter), star
 
 
 @dataclass

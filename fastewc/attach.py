@@ -297,6 +297,7 @@ class _Penalty:
             grads=owns,
             negate=grad_sign(group) < 0,
             scale=self._scale(optimizer),
+            stage=self.ewc.stage,
         )
         for p, own, lent in zip(params, owns, pulled, strict=True):
             p.grad = lent
@@ -333,5 +334,7 @@ class _Penalty:
                 ewc_lambda=self._ewc_lambda(),
                 lrs=[lr for _, _, lr in self._old],
                 skip=getattr(optimizer, "found_inf", None),
+                stage=self.ewc.stage,
+                stage_targets=self.ewc.variant == "proximal",
             )
         self._old = []

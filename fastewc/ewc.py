@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 
 from fastewc import _state, _storage, files
 from fastewc._binding import Binding
+from fastewc._fold import Fold
 from fastewc._graphs import LiveNumber, capturing
 from fastewc._names import Exclude, as_patterns, model_parameters, op_dtype, require_matches
+from fastewc._offload import CudaStreams, Stage, Stager, refuse_capture
 from fastewc._optimizers import Owners
 from fastewc._state import Changes, Importances, Options
 from fastewc._storage import Held
@@ -63,6 +65,12 @@ class EWC:
             stochastically from fixed seeds, within 6 % and unbiased, since to nearest small addends would be lost.
         anchor_dtype: storage of w*: None for the parameter's dtype, torch.float32, torch.float64 or torch.bfloat16,
             which is exact for weights that come from a bfloat16 checkpoint; else consolidate warns of the rounding.
+        offload: True keeps Ω and w* of parameters on a GPU in page-locked host memory. Steps, penalty() and stats()
+            stream them through two buffers of 32 MiB on the device, the next piece while one is worked on. Weights and
+            gradients are those of offload=False to the bit, the values of penalty() and stats() to rounding (sums of
+            the pieces' sums). Not in a CUDA graph. Without effect on a CPU. Like importance_dtype it is part of the
+            state that files and state dicts restore. The order of copies and kernels is tested on a CPU alone:
+            offloading has not run on a GPU yet.
         exclude: fnmatch patterns of parameter names that stay free; one string is one pattern.
 
     Raises:
@@ -81,6 +89,7 @@ class EWC:
         anchor: str = "latest",
         importance_dtype: torch.dtype = torch.float32,
         anchor_dtype: torch.dtype | None = None,
+        offload: bool = False,
         exclude: Exclude = (),
     ) -> None:
         self._options = Options(
@@ -90,6 +99,7 @@ class EWC:
             anchor=anchor,
             importance_dtype=importance_dtype,
             anchor_dtype=anchor_dtype,
+            offload=offload,
             exclude=as_patterns(exclude),
         )
         self._binding = Binding(model, self._options.exclude)
@@ -98,6 +108,8 @@ class EWC:
         self._facts = Importances()
         self._owners = Owners()
         self._live_lambda = LiveNumber()
+        self._stagers: dict[torch.device, Stager] = {}
+        self._half_written = False  # True for good where consolidate() was stopped while it wrote
         self._options.check_anchor_storage(self._binding.parameters)
         _warn_of_running_statistics(model)
 
@@ -150,12 +162,16 @@ class EWC:
         return self._binding.name_by_id.get(id(parameter))
 
     def held(self, parameter: Tensor) -> Held | None:
-        """(Ω, w*) of one parameter, on its device and of its shape; None where nothing holds it (yet)."""
+        """(Ω, w*) of one parameter, of its shape; None where nothing holds it (yet).
+
+        On its device, or on the host with ``offload``: :meth:`stager` brings them.
+        """
+        self._require_whole()
         name = self._binding.name_by_id.get(id(parameter)) if self.num_tasks else None
         if name is None:
             return None
         kept = self._importance[name], self._anchor[name]
-        fitting = _storage.follow(kept, parameter, self._options.importance_dtype, self._options.anchor_dtype)
+        fitting = self._options.follow(kept, parameter)
         if fitting[0] is not kept[0] or fitting[1] is not kept[1]:  # after model.to(…)
             self._importance = {**self._importance, name: fitting[0]}
             self._anchor = {**self._anchor, name: fitting[1]}
@@ -164,6 +180,19 @@ class EWC:
     def held_by_name(self) -> tuple[dict[str, Tensor | Codes], dict[str, Tensor], dict[int, str]]:
         """What :meth:`held` looks up: Ω and w* by name, names by id. None of the three is ever changed in place."""
         return self._importance, self._anchor, self._binding.name_by_id
+
+    def stager(self, device: torch.device) -> Stager | None:
+        """What brings Ω and w* to a device; None where they are there. For the steps."""
+        if not self._options.offload or device.type == "cpu":
+            return None
+        if device not in self._stagers:
+            self._stagers[device] = Stager(device, CudaStreams(device))
+        return self._stagers[device]
+
+    @property
+    def stage(self) -> Stage | None:
+        """:meth:`stager` for the ops of the penalty; None without ``offload``."""
+        return self.stager if self._options.offload else None
 
     def consolidate(self, importance: Mapping[str, Tensor], *, strict: bool = True) -> None:
         """End a task: fold its importance in, Ω̄ ← γΩ̄ + Ω_K, and re-take the anchor (E10, E11).
@@ -179,8 +208,10 @@ class EWC:
                 that matches nothing (first call).
             TypeError: no mapping of tensors.
             NotImplementedError: DTensor values.
-            After any error nothing has changed. A UserWarning says how much 16-bit anchors were rounded, where they
-            were.
+            After any of these nothing has changed: all is checked before anything is written. Later tasks are then
+            written into the tensors that are held, since a second set would double the memory: stopped in the middle
+            (Ctrl-C, no memory for a few MB), the object refuses every use until a state is loaded. A UserWarning says
+            how much 16-bit anchors were rounded, where they were.
         """
         if not isinstance(importance, Mapping):
             raise TypeError(f"importance must map parameter names to tensors, got {type(importance).__name__}")
@@ -198,21 +229,22 @@ class EWC:
         fresh = _state.checked_importance(
             importance, parameters, self.exclude, model_parameters(self.model), strict=strict
         )
-        new_importance: dict[str, Tensor | Codes] = {}
-        new_anchor: dict[str, Tensor] = {}
-        rounding = _storage.AnchorRounding()
         with torch.no_grad():
-            for name, value in fresh.items():
-                p, kind = parameters[name], self._options.importance_dtype
-                omega, anchor = _state.fold(None if first else self.held(p), value, p, self._options)
-                _state.check_finite({name: omega}, "the summed importance (Ω̄ ← γΩ̄ + Ω)")
-                _storage.check_range(name, omega, kind)
-                draws = None if first else _storage.draws(name, self.num_tasks, p)
-                new_importance[name] = _storage.store_importance(omega, p, kind, draws)
-                running = draws if self.anchor == "weighted" else None
-                new_anchor[name] = _storage.store_anchor(anchor, self._options.anchor_dtype or p.dtype, running)
-                rounding.add(anchor, new_anchor[name])
-        self._importance, self._anchor = new_importance, new_anchor
+            folds = [
+                Fold(name, parameters[name], value, None if first else self.held(parameters[name]), self._options)
+                for name, value in fresh.items()
+            ]
+            for fold in folds:
+                fold.check()
+            rounding = _storage.AnchorRounding()
+            for stager in self._stagers.values():
+                stager.wait()  # what earlier steps copy is overwritten now
+            self._half_written = not first
+            written = {fold.name: fold.write(self.num_tasks, rounding) for fold in folds}
+            if first:
+                self._importance = {name: omega for name, (omega, _) in written.items()}
+                self._anchor = {name: star for name, (_, star) in written.items()}
+            self._half_written = False
         self._facts.add(importance)
         if rounding.largest > 0:
             warnings.warn(
@@ -300,7 +332,9 @@ class EWC:
         if capturing():
             # λΩ/(1 + αλΩ) = λ · Ω/(1 + (αλ)Ω), so that λ is read at every replay
             ewc_lambda, lrs = 1.0, [None if lr is None else lr * live for lr in lrs]
-        value = ewc_penalty(params, importances, anchors, ewc_lambda=ewc_lambda, lrs=lrs, variant=self.variant)
+        value = ewc_penalty(
+            params, importances, anchors, ewc_lambda=ewc_lambda, lrs=lrs, variant=self.variant, stage=self.stage
+        )
         return value * live.to(value) if capturing() else value
 
     def stats(self, lr: LearningRate) -> dict[str, float]:
@@ -330,6 +364,7 @@ class EWC:
             ewc_lambda=self.ewc_lambda,
             lrs=[a for a in lrs if a is not None],
             variant=variant,
+            stage=self.stage,
         )
 
     def _tensors(self) -> tuple[list[Tensor], list[Tensor | Codes], list[Tensor]]:
@@ -368,8 +403,19 @@ class EWC:
         """How this optimizer applies the penalty by itself, "fused" or "attached"; None if it does not."""
         return self._owners.how(optimizer)
 
+    def _require_whole(self) -> None:
+        if self._half_written:
+            raise RuntimeError(
+                "consolidate() was stopped while it wrote the new importances and anchors (by Ctrl-C, or for want of "
+                "memory), so some are of the new task and some are not: load_state_dict() a saved state, or EWC.load() "
+                "a file"
+            )
+
     def check_owner(self, optimizer: Optimizer) -> None:
         """Raise RuntimeError if another optimizer has taken over, or the model was rebound away from this one."""
+        self._require_whole()
+        if self._options.offload:
+            refuse_capture()
         self._owners.check(optimizer)
 
     def importances(self) -> Importance:
@@ -392,7 +438,8 @@ class EWC:
         With importance_dtype=torch.uint8 "importance" holds codes and "importance_scales" their scales, one for 1,024
         codes in the order of their memory; else the latter is empty.
 
-        The same keys before the first task (zeros, and the current weights). Tensors are ewc's own, not copies.
+        The same keys before the first task (zeros, and the current weights). Tensors are ewc's own, not copies:
+        :meth:`consolidate` writes into them. ``copy.deepcopy`` keeps a state in memory.
         """
         if self.num_tasks:
             for p in self._binding.parameters.values():
@@ -488,6 +535,7 @@ class EWC:
         _state.require_finite(anchor, "the loaded anchor")
         self._options, self._facts, self._binding = options, facts, binding
         self._importance, self._anchor = (importance, anchor) if facts.num_tasks else ({}, {})
+        self._half_written = False
         self._live_lambda.set(options.ewc_lambda)
         changes.warn()
 
@@ -499,11 +547,12 @@ class EWC:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_owners"}  # optimizers adopt themselves again
+        # Optimizers adopt themselves again; streams are of this process.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_owners", "_stagers")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._owners = Owners()
+        self._owners, self._stagers = Owners(), {}
 
 
 def _warn_of_running_statistics(model: nn.Module) -> None:

@@ -4,11 +4,26 @@ import torch
 from torch import nn
 
 from fastewc import EWC, Importance
+from fastewc.ops.importance_codes import BLOCK
 
 
 def net(seed: int = 0, out: int = 2) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, out))
+
+
+class Odd(nn.Module):
+    """Parameters of every layout: several pieces and a rest, channels_last, permuted, with gaps, 0-dim, empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.long = nn.Parameter(torch.randn(3 * BLOCK + 17))
+        self.image = nn.Parameter(torch.randn(30, 20, 3, 3).to(memory_format=torch.channels_last))
+        self.turned = nn.Parameter(torch.randn(40, 70).T)
+        self.gaps = nn.Parameter(torch.randn(50, 120)[:, ::2])
+        self.number = nn.Parameter(torch.randn(()))
+        self.empty = nn.Parameter(torch.randn(0, 3))
 
 
 def importance_of(model: nn.Module, value=None, seed: int = 1, num_samples: int = 10) -> Importance:

@@ -3,23 +3,16 @@
 On a CPU each contender has a process of its own, since a process never gives all its memory back:
 
 python -m benchmarks.importance.memory WORKLOAD QUANTITY CONTENDER
-
-It reads the high-water mark of its own address space, VmHWM, after
-setting it to the present size; getrusage's ru_maxrss can't be set back, and after an exec begins with the parent's.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
@@ -27,9 +20,8 @@ from benchmarks.importance.contenders import QUANTITIES, Builder, Job
 from benchmarks.importance.gate import few
 from benchmarks.importance.registry import builders
 from benchmarks.importance.workloads import SPECS, make
+from benchmarks.peak_memory import high_water
 from benchmarks.results_row import ROOT
-
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_bytes(
@@ -39,18 +31,8 @@ def peak_bytes(
 
     ``first``: of a pass over so many batches; None: all.
     """
-    batches = job.workload.batches[:first]
     if job.workload.device.type == "cuda":
-        run = build(job)
-        job.model.zero_grad(set_to_none=True)
-        run(few(batches))
-        job.model.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run(batches)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return own_peak(build, job, first)
     if platform.system() != "Linux" or job.workload.name not in SPECS:
         return None
     command = [
@@ -66,27 +48,14 @@ def peak_bytes(
     return found
 
 
-def host_peak(build: Builder, job: Job, first: int | None = None) -> int | None:
-    """The same on the host, for a process that does nothing else; None where the mark can't be set back."""
+def own_peak(build: Builder, job: Job, first: int | None = None) -> int | None:
+    """The same in this process, which on a CPU does nothing else; None where the mark can't be set back."""
     run = build(job)
+    job.model.zero_grad(set_to_none=True)
     run(few(job.workload.batches))  # what libraries keep after their first use is not the pass's
     job.model.zero_grad(set_to_none=True)
-    gc.collect()
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    try:
-        _CLEAR.write_text("5")
-    except OSError:
-        return None
-    before = _kilobytes("VmRSS")
-    run(job.workload.batches[:first])
-    return 1024 * (_kilobytes("VmHWM") - before)
-
-
-def _kilobytes(field: str) -> int:
-    found = re.search(rf"{field}:\s*(\d+) kB", _STATUS.read_text())
-    assert found is not None, f"{_STATUS} has no {field}"
-    return int(found[1])
+    found = high_water(lambda: run(job.workload.batches[:first]), job.workload.device)
+    return None if found is None else found[1] - found[0]
 
 
 def main() -> None:
@@ -103,7 +72,7 @@ def main() -> None:
     quantity = QUANTITIES[args.quantity]
     job = Job(make(args.workload, "cpu", None), quantity)
     build = builders(quantity, args.compile_seconds)[args.contender]
-    print(json.dumps({"bytes": host_peak(build, job, args.batches)}))
+    print(json.dumps({"bytes": own_peak(build, job, args.batches)}))
 
 
 if __name__ == "__main__":

@@ -27,11 +27,10 @@ def resnet18() -> Iterator[Shape]:
     yield from ((1000, 512), (1000,))
 
 
-def gpt2() -> Iterator[Shape]:
-    """The small one, its head tied to its embedding: 148 tensors."""
-    width = 768
-    yield from ((50257, width), (1024, width))
-    for _ in range(12):
+def gpt2(width: int = 768, blocks: int = 12, words: int = 50257, positions: int = 1024) -> Iterator[Shape]:
+    """GPT-2, its head tied to its embedding; by default the small one: 148 tensors."""
+    yield from ((words, width), (positions, width))
+    for _ in range(blocks):
         yield from ((width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,))
         yield from ((width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,))
     yield from ((width,), (width,))

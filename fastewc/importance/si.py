@@ -148,7 +148,7 @@ class _Tracker:
             omega, anchor = held
             (g,) = ewc_penalty_grads(
                 [p], [omega], [anchor], ewc_lambda=ewc.ewc_lambda, lrs=[learning_rate(group)], variant=ewc.variant,
-                grads=[g], negate=True,
+                grads=[g], negate=True, stage=ewc.stage,
             )  # fmt: skip
         return g
 

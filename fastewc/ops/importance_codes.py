@@ -36,7 +36,7 @@ BLOCK = 1024
 #: The largest Ω that has a code.
 LARGEST = 2.0**127
 _SMALLEST_SCALE = -126  # as an exponent of two: the smallest normal float32
-_BLOCKS_AT_A_TIME = 4096  # encoding has some ten temporaries of this many blocks
+_BLOCKS_AT_A_TIME = 512  # encoding has some ten temporaries of this many blocks
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,21 @@ class Codes:
         """A copy in memory of its own."""
         return Codes(self.codes.clone(), self.scales.clone())
 
+    def flat(self) -> Codes:
+        """The same memory as codes [n], in its order."""
+        return Codes(in_memory(self.codes), self.scales)
+
+    def __getitem__(self, elements: slice) -> Codes:
+        """Of :meth:`flat` codes, the elements of a slice that begins with a block: a view."""
+        begin, end, _ = elements.indices(self.numel())
+        return Codes(self.codes[begin:end], self.scales[begin // BLOCK : -(-end // BLOCK)])
+
+    def copy_(self, other: Codes) -> Codes:
+        """Take over the codes and scales of another one of this shape and order."""
+        self.codes.copy_(other.codes)
+        self.scales.copy_(other.scales)
+        return self
+
     def to(self, device: torch.device) -> Codes:
         """On another device; itself if it is there."""
         if device == self.device:
@@ -89,14 +104,13 @@ class Codes:
         return lies_as(self.codes, dense_order(parameter))
 
     def relaid(self, parameter: Tensor) -> Codes:
-        """On the parameter's device and in the order of its memory; itself where it is so."""
-        found = self.to(parameter.device)
-        return found if found.lie_as(parameter) else encode(found.decoded(), parameter)
+        """In the order of the parameter's memory; itself where it is so."""
+        return self if self.lie_as(parameter) else encode(self.decoded(), parameter)
 
     def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Ω as a new tensor with the strides of the codes."""
         out = torch.empty_strided(self.shape, self.codes.stride(), dtype=dtype, device=self.device)
-        flat, codes = _in_memory(out), _in_memory(self.codes)
+        flat, codes = in_memory(out), in_memory(self.codes)
         grid, scales = _grid(self.device, dtype), self.scales.to(dtype)
         for begin, end in _runs(self.numel()):
             torch.index_select(grid, 0, codes[begin:end].int(), out=flat[begin:end])
@@ -126,7 +140,7 @@ def encode(value: Tensor, parameter: Tensor, generator: torch.Generator | None =
     """The codes of Ω, in the order of the parameter's memory.
 
     Args:
-        value: Ω, finite and ≥ 0, at most LARGEST: float32 or float64, of the parameter's shape and device.
+        value: Ω, finite and ≥ 0, at most LARGEST: float32 or float64, of the parameter's shape.
         parameter: decides the order.
         generator: rounds stochastically, x between neighbours a < b to b with probability (x − a)/(b − a); None rounds
             to nearest.
@@ -136,7 +150,7 @@ def encode(value: Tensor, parameter: Tensor, generator: torch.Generator | None =
     scales = torch.empty(-(-value.numel() // BLOCK), dtype=torch.float32, device=value.device)
     if not lies_as(value, order):
         value = torch.empty_strided(value.shape, order, dtype=value.dtype, device=value.device).copy_(value)
-    values, flat = _in_memory(value), _in_memory(codes)
+    values, flat = in_memory(value), in_memory(codes)
     for begin, end in _runs(value.numel()):
         blocks = pad(values[begin:end], (0, -(end - begin) % BLOCK)).view(-1, BLOCK)
         found, own = _encode_blocks(blocks, generator)
@@ -197,7 +211,7 @@ def _grid(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.cat([torch.zeros(1).double(), torch.ldexp(mantissa, octave - 23)]).to(device, dtype)
 
 
-def _in_memory(t: Tensor) -> Tensor:
+def in_memory(t: Tensor) -> Tensor:
     """The elements of a dense tensor in the order of its memory, a view."""
     return t.as_strided((t.numel(),), (1,))
 

@@ -33,8 +33,9 @@ selects the reference implementation; ``foreach`` is accepted and has no effect;
 sparse and complex gradients raise.
 
 In a CUDA graph (Adam and AdamW: ``capturable=True``) every replay reads λ, and a learning rate that is a tensor
-on the GPU, as they are then. At least one step must run before the capture. A graph keeps the Ω and w* that it
-was captured with: capture again after ``ewc.consolidate``.
+on the GPU, as they are then. At least one step must run before the capture. A graph keeps the tensors of Ω and w*
+that it was captured with: capture again after the first ``ewc.consolidate``, after loading a state and after
+``ewc.rebind``; later tasks are written into the same tensors. With ``EWC(offload=True)`` a capture raises.
 
 Args:
     ewc: a :class:`fastewc.EWC` over the same parameters: α is the live learning rate of each group, λ is read
@@ -197,11 +198,16 @@ class ProtectedOptimizer(PathIntegralState):
         calls = self._calls(captured)
         clip_coef = None
         if self.max_grad_norm is not None:
-            pairs = [(rule, call.tensors) for _, rule, call in calls]
+            pairs = (
+                (rule, tensors)
+                for _, rule, call in calls
+                for tensors in (call.pieces(whole=True) if self.clip_penalty else (call.tensors,))
+            )
             self.grad_norm = gradient_norm(pairs, grad_scale=grad_scale)
             clip_coef = clip_coefficient(self.grad_norm, self.max_grad_norm)
         for group, rule, call in calls:
-            call.step(rule, call.tensors, clip_coef=clip_coef, grad_scale=grad_scale, found_inf=found_inf)
+            for tensors in call.pieces():
+                call.step(rule, tensors, clip_coef=clip_coef, grad_scale=grad_scale, found_inf=found_inf)
             self._keep_state(group, call.tensors)
         if self.path_integral:
             self._count_path_step([p for _, _, call in calls for p in call.tensors.params])

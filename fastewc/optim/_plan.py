@@ -9,7 +9,7 @@ model moved, a task consolidated.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastewc._offload import Stager
 from fastewc.ops.ewc_step import Implementation, StepRule, StepTensors, implementation
+from fastewc.optim._pieces import step_pieces
 
 if TYPE_CHECKING:
     from fastewc.optim._base import ProtectedOptimizer
@@ -42,6 +44,13 @@ class Call:
     tensors: StepTensors
     places: list[int]
     step: Implementation
+    stager: Stager | None  # where Ω and w* are on the host
+
+    def pieces(self, *, whole: bool = False) -> Iterable[StepTensors]:
+        """What to step: all at once, or piece by piece as Ω and w* come; ``whole``: without cutting any tensor."""
+        if self.stager is None or not any(omega is not None for omega in self.tensors.importances):
+            return (self.tensors,)
+        return step_pieces(self.stager, self.tensors, whole=whole)
 
 
 class GroupPlan:
@@ -69,7 +78,12 @@ class GroupPlan:
                 places.append(i)
                 optimizer.collect(group, p, tensors)
         self.calls = [
-            Call(tensors, places, implementation(optimizer.choose(group, device), device))
+            Call(
+                tensors,
+                places,
+                implementation(optimizer.choose(group, device), device),
+                None if optimizer.ewc is None else optimizer.ewc.stager(device),
+            )
             for (device, _), (tensors, places) in by_device.items()
         ]
         if optimizer.ewc is not None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import peak_memory
 from benchmarks.importance import exact, memory, peers
 from benchmarks.importance.contenders import QUANTITIES, Job, Run, Sums, batch_one, ours, plain, vmap_grad
 from benchmarks.importance.gate import Gate
@@ -179,7 +180,7 @@ def test_text_is_read_as_words_and_shifted_by_one(tmp_path) -> None:
     assert x[0, 0] == x[0, 3] == 1 and x.max() < 6 and x.min() >= 0
 
 
-@pytest.mark.skipif(not memory._CLEAR.exists(), reason="the high-water mark is read from Linux's /proc")
+@pytest.mark.skipif(not peak_memory.CLEAR.exists(), reason="the high-water mark is read from Linux's /proc")
 def test_peak_memory_is_that_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(tiny("mlp", monkeypatch), QUANTITIES["fisher"])
     held = torch.ones(64 << 18)  # 64 MiB that lie there before
@@ -192,7 +193,7 @@ def test_peak_memory_is_that_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> Non
 
         return run
 
-    peak = memory.host_peak(greedy, job)
+    peak = memory.own_peak(greedy, job)
     if peak is None:
         pytest.skip("this system does not let the high-water mark be set back")
     assert 60 << 20 < peak < 100 << 20

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastewc._dispatch import choose
+from fastewc._offload import Part, Stage, can_cut
 from fastewc.ops.ewc_penalty.schema import Lr, lrs_of
 from fastewc.ops.importance_codes import Codes, split
 
@@ -26,6 +28,7 @@ def ewc_penalty(
     lrs: Sequence[Lr],
     variant: str,
     impl: str = "auto",
+    stage: Stage | None = None,
 ) -> Tensor:
     """½ Σ c (w − w*)² over all tensors, differentiable by the parameters: one pass forward, one backward.
 
@@ -41,6 +44,8 @@ def ewc_penalty(
         lrs: α per parameter, a float or 0-dim tensor; None is allowed for ``"plain"`` only.
         variant: "plain" or "stabilized".
         impl: "auto", "reference", "triton" or "native"; only "auto" may choose.
+        stage: what brings importances and anchors to a device, piece by piece, where they are on the host; the value is
+            then the sum of the pieces'.
 
     Returns:
         0-dim tensor on the first parameter's device, float32 (float64 if any importance is float64).
@@ -49,9 +54,9 @@ def ewc_penalty(
         ValueError: lists of different length, shapes or devices that do not match, unknown variant, lr missing.
         NotImplementedError: ``impl`` cannot run here (says why).
     """
-    _check(params, importances, anchors, lrs, variant)
+    _check(params, importances, anchors, lrs, variant, stage)
     omegas, scales = split(importances)
-    constants = ewc_lambda, tuple(lrs), variant, impl, len(params)
+    constants = ewc_lambda, tuple(lrs), variant, impl, stage, len(params)
     value: Tensor = _Penalty.apply(*constants, *params, *omegas, *anchors, *scales)
     return value
 
@@ -68,6 +73,7 @@ def ewc_penalty_grads(
     negate: bool = False,
     scale: Tensor | None = None,
     impl: str = "auto",
+    stage: Stage | None = None,
 ) -> list[Tensor]:
     """The pull c (w − w*) that :func:`ewc_penalty` adds to each gradient. Errors as there.
 
@@ -82,23 +88,27 @@ def ewc_penalty_grads(
         negate: −c (w − w*), for optimizers that maximise.
         scale: 0-dim factor of the pull, e.g. that of GradScaler; None for 1.
         impl: as in :func:`ewc_penalty`.
+        stage: as there.
 
     Returns:
         New tensors of the gradients' dtypes (of the parameters' without ``grads``). A finite float16 gradient stays
         finite: what the pull would push beyond ±65504 ends there.
     """
-    _check(params, importances, anchors, lrs, variant)
-    results: list[Tensor | None] = [None] * len(params)
-    for device, chosen in _by_device(params):
-        own = [grads[i] for i in chosen] if grads else []
-        held = _chosen(chosen, params, importances, anchors)
-        alphas = lrs_of([lrs[i] for i in chosen], device)
-        factor = None if scale is None else scale.to(device)
-        kernels = _kernels(impl, device)
-        pulled = kernels.ewc_penalty_grads(*held, own, ewc_lambda, *alphas, variant, negate, factor)
-        for i, result in zip(chosen, pulled, strict=True):
-            results[i] = result
-    return [result for result in results if result is not None]
+    _check(params, importances, anchors, lrs, variant, stage)
+    results: dict[int, Tensor] = {}
+    for call in _calls(params, [importances, anchors], lrs, impl, stage, grads):
+        own = call.of(grads)
+        factor = None if scale is None else scale.to(call.device)
+        pulled = call.kernels.ewc_penalty_grads(*call.held, own, ewc_lambda, *call.alphas, variant, negate, factor)
+        for part, result in zip(call.parts, pulled, strict=True):
+            if part.whole:
+                results[part.row] = result
+            else:
+                like = (grads or params)[part.row]
+                if part.begin == 0:
+                    results[part.row] = torch.empty_like(like, requires_grad=False)
+                part.of(results[part.row]).copy_(result)
+    return [results[i] for i in range(len(params))]
 
 
 def ewc_hold_back_(
@@ -110,19 +120,22 @@ def ewc_hold_back_(
     lrs: Sequence[float | Tensor],
     skip: Tensor | None = None,
     impl: str = "auto",
+    stage: Stage | None = None,
+    stage_targets: bool = True,
 ) -> None:
     """E3 and E4 in place, after the optimizer's own update: w moves αλΩ/(1 + αλΩ) of the way to its target.
 
     E3 (proximal): target = w*. E4 (WVA, Kutalev 2020): target = the weight before the step. Where ``skip`` (0-dim) is
-    not 0 nothing changes. Errors as in :func:`ewc_penalty`.
+    not 0 nothing changes. ``stage_targets=False``: the targets need not be brought, they are beside the weights. The
+    rest, and errors, as in :func:`ewc_penalty`.
     """
-    _check(params, importances, targets, lrs, "stabilized")
-    for device, chosen in _by_device(params):
-        lists = _chosen(chosen, params, targets, importances)
-        alphas = lrs_of([lrs[i] for i in chosen], device)
-        flag = None if skip is None else skip.to(device)
-        _kernels(impl, device).ewc_hold_back_(*lists, ewc_lambda, *alphas, flag)
-        torch.autograd.graph.increment_version(lists[0])
+    _check(params, importances, targets, lrs, "stabilized", stage)
+    columns, given = ([importances, targets], ()) if stage_targets else ([importances], targets)
+    for call in _calls(params, columns, lrs, impl, stage, given):
+        own, omegas, *rest = call.held
+        flag = None if skip is None else skip.to(call.device)
+        call.kernels.ewc_hold_back_(own, *(rest or [call.of(targets)]), omegas, ewc_lambda, *call.alphas, flag)
+        torch.autograd.graph.increment_version(own)
 
 
 def ewc_stats(
@@ -134,53 +147,67 @@ def ewc_stats(
     lrs: Sequence[float | Tensor],
     variant: str,
     impl: str = "auto",
+    stage: Stage | None = None,
 ) -> dict[str, float]:
     """What the penalty does to these weights, in one pass and one transfer to the host; see fastewc.EWC.stats."""
     from fastewc.ops.ewc_penalty import reference
 
-    _check(params, importances, anchors, lrs, variant)
-    parts = []
-    for device, chosen in _by_device(params):
-        held = _chosen(chosen, params, importances, anchors)
-        alphas = lrs_of([lrs[i] for i in chosen], device)
-        parts.append(_kernels(impl, device).ewc_stats_terms(*held, ewc_lambda, *alphas, variant))
+    _check(params, importances, anchors, lrs, variant, stage)
+    parts = [
+        call.kernels.ewc_stats_terms(*call.held, ewc_lambda, *call.alphas, variant)
+        for call in _calls(params, [importances, anchors], lrs, impl, stage)
+    ]
     return reference.finish_stats(reference.merge_stats_terms(torch.stack([part.cpu() for part in parts])))
 
 
 class _Penalty(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, ewc_lambda: float, lrs: tuple[Lr, ...], variant: str, impl: str, n: int, *tensors: Tensor
+        ctx: Any,
+        ewc_lambda: float,
+        lrs: tuple[Lr, ...],
+        variant: str,
+        impl: str,
+        stage: Stage | None,
+        n: int,
+        *tensors: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(*tensors)
-        ctx.constants = ewc_lambda, lrs, variant, impl, n
-        lists = _lists_of(tensors, n)
-        parts = []
-        for device, chosen in _by_device(lists[0]):
-            held = _chosen(chosen, *lists)
-            alphas = lrs_of([lrs[i] for i in chosen], device)
-            parts.append(_kernels(impl, device).ewc_penalty_value(*held, ewc_lambda, *alphas, variant))
+        ctx.constants = ewc_lambda, lrs, variant, impl, stage, n
+        params, importances, anchors = _lists_of(tensors, n)
+        parts = [
+            call.kernels.ewc_penalty_value(*call.held, ewc_lambda, *call.alphas, variant)
+            for call in _calls(params, [importances, anchors], lrs, impl, stage)
+        ]
         wide = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
         total: Tensor = torch.stack([part.to(parts[0].device, wide) for part in parts]).sum()
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ewc_lambda, lrs, variant, impl, n = ctx.constants
-        wanted = [i for i in range(n) if ctx.needs_input_grad[5 + i]]
+        ewc_lambda, lrs, variant, impl, stage, n = ctx.constants
+        wanted = [i for i in range(n) if ctx.needs_input_grad[_CONSTANTS + i]]
         params, importances, anchors = _lists_of(ctx.saved_tensors, n)
         held = [params[i] for i in wanted], [importances[i] for i in wanted], [anchors[i] for i in wanted]
         alphas = [lrs[i] for i in wanted]
         if torch.is_grad_enabled():  # create_graph=True: operations that autograd can follow
             from fastewc.ops.ewc_penalty import reference
 
+            omegas = [omega.to(w.device) for w, omega in zip(held[0], held[1], strict=True)]
+            stars = [star.to(w.device) for w, star in zip(held[0], held[2], strict=True)]
             numbers, live = lrs_of(alphas, grad.device)
-            pulls = reference.ewc_penalty_grads(*held, (), ewc_lambda, numbers, live, variant, False, grad)
+            pulls = reference.ewc_penalty_grads(
+                held[0], omegas, stars, (), ewc_lambda, numbers, live, variant, False, grad
+            )
         else:
-            pulls = ewc_penalty_grads(*held, ewc_lambda=ewc_lambda, lrs=alphas, variant=variant, scale=grad, impl=impl)
+            options = {"ewc_lambda": ewc_lambda, "lrs": alphas, "variant": variant, "impl": impl, "stage": stage}
+            pulls = ewc_penalty_grads(*held, scale=grad, **options)
         rest = iter(pulls)
-        grads = [next(rest) if ctx.needs_input_grad[5 + i] else None for i in range(n)]
-        return (None, None, None, None, None, *grads, *[None] * (len(ctx.saved_tensors) - n))
+        grads = [next(rest) if ctx.needs_input_grad[_CONSTANTS + i] else None for i in range(n)]
+        return (*[None] * _CONSTANTS, *grads, *[None] * (len(ctx.saved_tensors) - n))
+
+
+_CONSTANTS = 6  # arguments of _Penalty.forward before the tensors
 
 
 def _lists_of(tensors: Sequence[Tensor], n: int) -> tuple[list[Tensor], list[Tensor | Codes], list[Tensor]]:
@@ -207,8 +234,44 @@ def _kernels(impl: str, device: torch.device) -> ModuleType:
             return reference
 
 
-def _chosen(indices: Sequence[int], *lists: Sequence[Tensor | Codes]) -> list[list[Any]]:
-    return [[entries[i].detach() for i in indices] for entries in lists]
+@dataclass(frozen=True)
+class _Call:
+    """What one call of a kernel is given: parts of tensors on one device."""
+
+    device: torch.device
+    kernels: ModuleType
+    parts: list[Part]
+    held: list[list[Any]]  # params, then the columns
+    alphas: tuple[list[float], Tensor | None]
+
+    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The parts of a list of tensors, which may be empty."""
+        return [part.of(tensors[part.row].detach()) for part in self.parts if tensors]
+
+
+def _calls(
+    params: Sequence[Tensor],
+    columns: Sequence[Sequence[Tensor | Codes]],
+    lrs: Sequence[Lr],
+    impl: str,
+    stage: Stage | None,
+    beside: Sequence[Tensor] = (),
+) -> Iterator[_Call]:
+    """One call for each device, or for each piece of what a stager brings there; ``beside`` is cut likewise."""
+    for device, chosen in _by_device(params):
+        kernels, stager = _kernels(impl, device), None if stage is None else stage(device)
+        if stager is None:
+            parts = [Part(i, 0, params[i].numel(), True) for i in chosen]
+            held = [[entries[i].detach() for i in chosen] for entries in (params, *columns)]
+            yield _Call(device, kernels, parts, held, lrs_of([lrs[i] for i in chosen], device))
+            continue
+        rows = [[entries[i] for i in chosen] for entries in (params, *columns, *([beside] if beside else []))]
+        cuttable = [can_cut(*row) for row in zip(*rows, strict=True)]
+        for piece in stager.pieces(rows[1 : 1 + len(columns)], cuttable):
+            own = [part.of(rows[0][part.row].detach()) for part in piece.parts]
+            parts = [part._replace(row=chosen[part.row]) for part in piece.parts]
+            alphas = lrs_of([lrs[part.row] for part in parts], device)
+            yield _Call(device, kernels, parts, [own, *piece.columns], alphas)
 
 
 def _by_device(params: Sequence[Tensor]) -> list[tuple[torch.device, list[int]]]:
@@ -225,6 +288,7 @@ def _check(
     anchors: Sequence[Tensor],
     lrs: Sequence[Lr],
     variant: str,
+    stage: Stage | None,
 ) -> None:
     if variant not in VARIANTS:
         raise ValueError(
@@ -243,7 +307,7 @@ def _check(
                 f"tensor {i}: params {tuple(w.shape)}, importances {tuple(importance.shape)} and anchors "
                 f"{tuple(anchor.shape)} must have one shape"
             )
-        if not w.device == importance.device == anchor.device:
+        if stage is None and not w.device == importance.device == anchor.device:
             raise ValueError(
                 f"tensor {i}: params on {w.device}, importances on {importance.device}, anchors on {anchor.device}; "
                 "wanted one device"

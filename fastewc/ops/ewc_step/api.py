@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -110,14 +110,14 @@ def _counted(kernel: Implementation) -> Implementation:
     return step
 
 
-def gradient_norm(calls: Sequence[tuple[StepRule, StepTensors]], *, grad_scale: Tensor | None = None) -> Tensor:
+def gradient_norm(calls: Iterable[tuple[StepRule, StepTensors]], *, grad_scale: Tensor | None = None) -> Tensor:
     """The global L2 norm of the unscaled gradients of several calls: what clipping compares with its maximum.
 
     Of task gradient + penalty where ``rule.clip_penalty`` is set, of the task gradient otherwise. Squares are
     summed in float32 (float64) whatever the dtype of the gradients, so float16 gradients cannot overflow it.
 
     Args:
-        calls: (rule, tensors) pairs, each on its own device.
+        calls: (rule, tensors) pairs, each on its own device; no longer needed once the next one is asked for.
         grad_scale: 0-dim factor that the gradients still carry; None for 1.
 
     Returns:
