@@ -15,7 +15,7 @@ from fastewc.per_sample.interception import Interception, Key
 from fastewc.per_sample.plan import Plan, Planner
 from fastewc.per_sample.proxy import Gate, Operand, Proxy, Slot, Slots, Tap, found_proxies, tensors_in
 from fastewc.per_sample.rules import RULES, Call, Use, rerun
-from fastewc.per_sample.segments import Outer, Pulled, Rows, Segment, Within, add_explicitly, add_tied
+from fastewc.per_sample.segments import Outer, Pulled, Rows, Segment, Sloped, Within, add_explicitly, add_tied, powers
 
 #: Bytes that the largest activation of a part of a batch may have on a CPU: about what its caches hold, and what malloc
 #: takes from pages that it has (glibc: up to 32 MB; fresh ones cost more than most kernels).
@@ -297,26 +297,33 @@ class PerSampleSums(Interception):
             return
         self.used.add(name)
         total = self.sums[name]
-        if len(waiting) == 1 and waiting[0][0].view is _whole:
+        if len(waiting) == 1 and waiting[0][0].view is _whole and waiting[0][0].slope is None:
             segments = [waiting[0][1]]
             self._add_kinds(total, [segments], segments)
             return
         waiting = [_upright(*_of_table(*one), total) for one in waiting]
         groups: dict[tuple[Any, ...], list[tuple[Operand, Segment]]] = {}
+        slopes: list[Tensor | None] = [None]
         for operand, segment in waiting:
-            groups.setdefault(_region(operand, total), []).append((operand, segment))
+            if not any(operand.slope is slope for slope in slopes):
+                slopes.append(operand.slope)
+            place = next(i for i, slope in enumerate(slopes) if operand.slope is slope)
+            groups.setdefault(_region(operand, total, place), []).append((operand, segment))
         if () in groups or not self._disjoint(total, groups):
             add_explicitly(total, [_whole_gradients(name, total, *one) for one in waiting], self._power)
             return
         for members in groups.values():
-            view = members[0][0].view
+            view, slope = members[0][0].view, members[0][0].slope
             assert view is not None
             part, segments = view(total), [segment for _, segment in members]
+            own = part if slope is None else torch.zeros_like(part)
             kinds = list[list[Segment]]()
             for segment in segments:
                 kind = next((kind for kind in kinds if kind[0].joins(segment)), None)
                 kinds.append([segment]) if kind is None else kind.append(segment)
-            self._add_kinds(part, kinds, segments)
+            self._add_kinds(own, kinds, segments)
+            if slope is not None:
+                part.add_(own * powers(slope, self._power))
 
     def _add_kinds(self, part: Tensor, kinds: list[list[Segment]], segments: list[Segment]) -> None:
         """``part`` += Σ_n |Σ over segments|^power; ``kinds`` are the segments that one kernel call takes."""
@@ -369,12 +376,12 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _region(operand: Operand, total: Tensor) -> tuple[Any, ...]:
-    """Which part of the parameter it is, with the order of its entries; () if arithmetic made it."""
+def _region(operand: Operand, total: Tensor, slope: int) -> tuple[Any, ...]:
+    """Which part of the parameter it is, with the order of its entries and their slope; () if arithmetic made it."""
     if operand.view is None:
         return ()
     part = operand.view(total)
-    return (part.storage_offset(), tuple(part.shape), part.stride())
+    return (part.storage_offset(), tuple(part.shape), part.stride(), slope)
 
 
 def _of_table(operand: Operand, segment: Segment) -> tuple[Operand, Segment]:
@@ -398,12 +405,11 @@ def _upright(operand: Operand, segment: Segment, total: Tensor) -> tuple[Operand
     part = view(total)
     if part.ndim != 2 or part.stride(0) >= part.stride(1):
         return operand, segment
-    turned = Operand(operand.key, operand.names, operand.value.mT, lambda whole: view(whole).mT, operand.leaves)
-    return turned, segment.turned()
+    return operand.moved(operand.key, lambda tensor: tensor.mT), segment.turned()
 
 
 def _whole_gradients(name: str, total: Tensor, operand: Operand, segment: Segment) -> Segment:
     """A segment's gradients as those of the whole parameter."""
     if operand.view is not None:
-        return Within(segment, operand.view, total)
+        return Within(segment if operand.slope is None else Sloped(segment, operand.slope), operand.view, total)
     return Pulled(segment, operand.value, operand.leaves[name])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastewc.per_sample.layout import broadcasts
-from fastewc.per_sample.proxy import Operand, Picked, Proxy, found_proxies, replaced, tensors_in
+from fastewc.per_sample.proxy import Operand, Picked, Proxy, all_tensors, found_proxies, replaced, tensors_in
 from fastewc.per_sample.unrolled import unrolled
 
 #: Functions that move entries of their first argument, and do not change, mix or repeat them.
@@ -28,6 +28,15 @@ MOVES = frozenset(
 CASTS = frozenset(
     {"to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "cpu", "cuda", "alias"}
 )
+#: Functions of each entry, whatever else they are given being numbers.
+ELEMENTWISE = frozenset(
+    {
+        "abs", "add", "clamp", "clamp_max", "clamp_min", "clip", "cos", "div", "divide", "elu", "exp", "exp2", "expm1",
+        "gelu", "leaky_relu", "log", "log1p", "log_sigmoid", "mul", "multiply", "neg", "negative", "pow", "radd",
+        "rdiv", "reciprocal", "relu", "rmul", "rpow", "rsqrt", "rsub", "rtruediv", "sigmoid", "silu", "sin", "softplus",
+        "sqrt", "square", "sub", "subtract", "tanh", "true_divide", "truediv",
+    }
+)  # fmt: skip
 #: Functions that write into their first argument, elementwise; other arguments are broadcast to it.
 FILLS = frozenset(
     {
@@ -168,14 +177,18 @@ class Interception:
         def wrap(tensor: Any, index: int | None) -> Any:
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.requires_grad:
                 return tensor
-            view = _moved(operands[0], func, args, kwargs, tensor, index) if moves else None
-            picked = operands[0].picked if moves else None
-            if moves and view is None and (picked := _picked(operands[0], func, args, kwargs, tensor)) is not None:
+            view, picked, slope = None, None, None
+            if moves:
+                view, slope = _moved(operands[0], func, args, kwargs, tensor, index)
+                picked = operands[0].picked
+            if moves and view is None and (slope := _slope(operands[0], func, args, kwargs, tensor)) is not None:
+                view = operands[0].view
+            elif moves and view is None and (picked := _picked(operands[0], func, args, kwargs, tensor)) is not None:
                 view = _itself
             names = tuple(dict.fromkeys(name for operand in operands for name in operand.names))
             leaves = {name: leaf for operand in operands for name, leaf in operand.leaves.items()}
             key = name if index is None else f"{name}[{index}]"
-            return Proxy.of(Operand(key, names, tensor, view, leaves, None if view is None else picked), self)
+            return Proxy.of(Operand(key, names, tensor, view, leaves, None if view is None else picked, slope), self)
 
         if isinstance(result, (tuple, list)):
             return type(result)(wrap(tensor, i) for i, tensor in enumerate(result))
@@ -193,24 +206,35 @@ def _values(content: Any) -> Any:
 def _moved(
     source: Operand, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Tensor,
     index: int | None,
-) -> Callable[[Tensor], Tensor] | None:  # fmt: skip
-    """How to find the result's entries in a tensor of the parameter's shape; None if they are not simply there."""
+) -> tuple[Callable[[Tensor], Tensor] | None, Tensor | None]:  # fmt: skip
+    """How to find the result's entries in a tensor of the parameter's shape, None if they are not there; slope."""
     before = source.view
     if before is None:
-        return None
+        return None, None
     name = name_of(func)
     if name in CASTS:
-        return before
+        return before, source.slope
     shared = result.untyped_storage().data_ptr() == source.value.untyped_storage().data_ptr()
     if name not in MOVES or (source.value.numel() and not shared):
-        return None
+        return None, None
 
-    def view(whole: Tensor) -> Tensor:
-        found = func(before(whole), *args[1:], **kwargs)
+    def move(before: Tensor) -> Tensor:
+        found = func(before, *args[1:], **kwargs)
         part: Tensor = found if index is None else found[index]
         return part
 
-    return view
+    return lambda whole: move(before(whole)), None if source.slope is None else move(source.slope)
+
+
+def _slope(
+    source: Operand, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Tensor
+) -> Tensor | None:
+    """Of a function of each entry, by the parameter's entries; None if it was something else."""
+    known = source.view is not None and source.picked is None and name_of(func).strip("_") in ELEMENTWISE
+    if not known or result.shape != source.value.shape or len(all_tensors((args, kwargs))) > 1:
+        return None
+    (slope,) = torch.autograd.grad(result, source.value, torch.ones_like(result), retain_graph=True)
+    return slope if source.slope is None else slope * source.slope
 
 
 def _itself(whole: Tensor) -> Tensor:
@@ -221,7 +245,8 @@ def _picked(
     source: Operand, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Tensor
 ) -> Picked | None:
     """Rows that were taken out of a table; None if it was something else."""
-    if source.view is None or source.picked is not None or source.value.ndim != 2 or kwargs.get("sparse_grad"):
+    table = source.view is not None and source.slope is None and source.picked is None and source.value.ndim == 2
+    if not table or kwargs.get("sparse_grad"):
         return None
     name, padding = name_of(func), None
     ids: Any

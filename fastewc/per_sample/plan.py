@@ -46,6 +46,7 @@ class Planner(Interception):
         self._treated: dict[Key, set[bool]] = {}  # as derived or not, in the latest two runs
         self._names: dict[str, tuple[str, ...]] = {}  # of the parameters behind an operand
         self._picking = Picking()
+        self._before: Any = None  # what the latest two runs called, and how it was treated
         self._met: dict[int, Tensor] = {}  # memory, kept, of what samples have met in this run
 
     def watch(self, run: Callable[[int], None]) -> Plan:
@@ -121,15 +122,19 @@ class Planner(Interception):
         """Decide every call from the two runs; False if something was treated otherwise than it should have been."""
         alone, together = self._seen[1], self._seen[2]
         self.plan.activations = 1
-        right = alone.keys() == together.keys()
+        right, unclear = alone.keys() == together.keys(), dict[Key, Unclear]()
         for key in alone.keys() & together.keys():
             try:
-                decision = self._decided(alone[key], together[key])
+                self.plan.decisions[key] = decision = self._decided(alone[key], together[key])
             except Unclear as error:
-                self._give_up({key: None}, f"{name_of(key[0])}: {error}")
-                continue
-            self.plan.decisions[key] = decision
-            right = right and self._treated[key] == {decision == "derived"}
+                unclear[key] = error
+            else:
+                right = right and self._treated[key] == {decision == "derived"}
+        # Two runs that went different ways may say of a call what is not so; unless they always will.
+        before, self._before = self._before, (alone.keys(), together.keys(), self._treated)
+        if right or before == self._before:
+            for key, why in unclear.items():
+                self._give_up({key: None}, f"{name_of(key[0])}: {why}")
         return right
 
     def _decided(self, alone: list[Any], together: list[Any]) -> Decision:

@@ -39,6 +39,7 @@ class Operand:
             are moved, never mixed); None if arithmetic made it, or a write into its memory since.
         leaves: for arithmetic, by name: the tensors that ``value``'s graph ends in.
         picked: where it came from, if it is made of rows of a table; ``view`` is then of a tensor like these rows.
+        slope: of the entries by those of the parameter, where each was made of one (exp(w), 1 + w); None for 1.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class Operand:
         view: Callable[[Tensor], Tensor] | None,
         leaves: dict[str, Tensor],
         picked: Picked | None = None,
+        slope: Tensor | None = None,
     ) -> None:
-        self.key, self.names, self.value, self.leaves = key, names, value, leaves
+        self.key, self.names, self.value, self.leaves, self.slope = key, names, value, leaves, slope
         self._moved, self._version = (view, picked), value._version
 
     @property
@@ -62,6 +64,13 @@ class Operand:
     def picked(self) -> Picked | None:
         """See above."""
         return None if self._rewritten else self._moved[1]
+
+    def moved(self, key: str, move: Callable[[Tensor], Tensor]) -> Operand:
+        """The operand with its entries in another order."""
+        before = self.view
+        view = None if before is None else lambda whole: move(before(whole))
+        slope = None if self.slope is None else move(self.slope)
+        return Operand(key, self.names, move(self.value), view, self.leaves, self.picked, slope)
 
     @property
     def made(self) -> bool:

@@ -329,6 +329,26 @@ class Pulled(Segment):
 
 
 @dataclass
+class Sloped(Segment):
+    """The gradients at a function of each entry of a parameter, as gradients of the parameter."""
+
+    inner: Segment
+    slope: Tensor
+
+    def __post_init__(self) -> None:
+        self.samples = self.inner.samples
+
+    @property
+    def double(self) -> bool:
+        """By its gradients."""
+        return self.inner.double
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """[n, *shape]."""
+        return self.inner.rows(start, stop) * self.slope
+
+
+@dataclass
 class Within(Segment):
     """The gradients at a part of a parameter, as gradients of all of it."""
 

@@ -124,20 +124,8 @@ def einsum(call: Call) -> list[Use] | None:
             flat.append(turned.reshape(call.samples, turned.shape[1:-kept].numel() if kept else turned[0].numel(), -1))
         return Outer(flat[0], flat[1], shape)
 
-    return [Use(_permuted(weight, order), (operands[1 - own],), segment)]
-
-
-def _permuted(operand: Operand, order: list[int]) -> Operand:
-    """The operand with its dimensions in another order."""
-    before = operand.view
-
-    def view(whole: Tensor) -> Tensor:
-        return whole.permute(order) if before is None else before(whole).permute(order)
-
-    return Operand(
-        f"{operand.key}[{order}]", operand.names, operand.value.permute(order), None if before is None else view,
-        operand.leaves, operand.picked,
-    )  # fmt: skip
+    turned = weight.moved(f"{weight.key}[{order}]", lambda tensor: tensor.permute(order))
+    return [Use(turned, (operands[1 - own],), segment)]
 
 
 def _all(uses: list[Use | None]) -> list[Use] | None:
