@@ -1,13 +1,13 @@
 """Split master weights: a bfloat16 parameter and the 16 bits it lacks are together exactly a float32 weight.
 
-bits(w) = 2¹⁶ · high + low in integers of 32 bits that wrap around, with high the bits of the bfloat16 nearest to w, ties
-away from zero, and low from −2¹⁵ to 2¹⁵ − 1. So the low half is what rounding dropped (a Kahan compensation that loses
-nothing), 0 stands for "the parameter is the weight", and both take 4 bytes where a float32 copy takes 6. A weight above
-the largest bfloat16 has an infinite high half and still comes back.
+bits(w) = 2¹⁶ · high + low in integers of 32 bits that wrap around, with high the bits of the bfloat16 nearest to w,
+ties away from zero, and low from −2¹⁵ to 2¹⁵ − 1. So the low half is what rounding dropped (a Kahan compensation that
+loses nothing), 0 stands for "the parameter is the weight", and both take 4 bytes where a float32 copy beside the
+parameter makes it 6. A weight above the largest bfloat16 has an infinite high half and still comes back.
 
-Somebody else may write the high half (``model.load_state_dict``): the low one that stays moves the new weight by at most
-half an ulp of bfloat16. Pairs that no weight has (zero and a negative low half, infinity and a positive one) would be
-NaN; they count as their high half.
+Somebody else may write the high half (``model.load_state_dict``): the low one that stays moves the new weight by at
+most half an ulp of bfloat16. Pairs that no weight has (zero and a negative low half, infinity and a positive one) would
+be NaN; they count as their high half.
 """
 
 from __future__ import annotations
