@@ -57,7 +57,7 @@ class MasterWeightState(Optimizer):
     def _weight(self, p: Tensor) -> Tensor:
         """The whole weight: the parameter itself, or a float32 tensor of both halves."""
         low = self.state.get(p, {}).get(REMAINDER) if self.master_weights and p.dtype == torch.bfloat16 else None
-        return p.detach() if low is None else whole(p, low)
+        return p if low is None else whole(p, low)
 
     def lacks_state(self, group: dict[str, Any], p: Tensor) -> bool:
         """Whether the next step would make state for a parameter."""

@@ -30,7 +30,7 @@ class PathIntegralState(MasterWeightState):
         state = self.state[p]
         if "path_integral" not in state:
             state["path_integral"] = torch.zeros_like(p, dtype=op_dtype(p), requires_grad=False)
-            state["path_integral_start"] = self._weight(p).to(op_dtype(p), copy=True)
+            state["path_integral_start"] = self._weight(p).detach().to(op_dtype(p), copy=True)
         omega: Tensor = state["path_integral"]
         return omega
 

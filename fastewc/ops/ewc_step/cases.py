@@ -32,8 +32,8 @@ class Case:
         first: no momentum buffer exists yet.
         importance_dtype: of Ω, if not that of the arithmetic; anchors are then bfloat16.
         state_dtype: of the moments of 16-bit parameters, if not theirs.
-        split: bfloat16 parameters have a remainder; every fifth of all has none.
-        dtypes: of the parameters.
+        split: bfloat16 parameters have a remainder, but every fifth.
+        dtypes: of the parameters for which the case is special.
         roundings: how many may add up on the error scale: about 7 on the way to the gradient (c takes 4), twice
             that in its square, halved again by the root of v, and a few for the quotient and the update.
     """
@@ -79,7 +79,7 @@ class Case:
                     t.max_exp_avg_sqs.append(moment(shape).square())
             elif self.rule.momentum != 0:
                 t.momentum_buffers.append(None if self.first else moment(shape))
-            if self.split:
+            if self.split and dtype == torch.bfloat16:
                 low = torch.randint(-(2**15), 2**15, shape, generator=gen).to(torch.int16)
                 t.remainders.append(laid_out(low) if i % 5 != 4 else None)
         return t
