@@ -129,6 +129,7 @@ class Streams {
   void begin(const Tensor& lead, std::initializer_list<const std::vector<Tensor>*> lists, size_t i) {
     lead_ = &lead;
     linear_ = true;
+    check_floating(lead.scalar_type());
     for (const auto* list : lists) {
       if (!list->empty()) {
         check((*list)[i]);

@@ -150,6 +150,36 @@ def read_importance(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def read_whole(
+    high_ptr: tl.tensor, low_ptr: tl.tensor, at: tl.tensor, left: tl.tensor, WIDTH: tl.constexpr, VECTOR: tl.constexpr
+) -> tl.tensor:
+    """:func:`read` of float32 weights in two halves; see ``fastewc/ops/ewc_step/halves.py``."""
+    high_ptr = high_ptr.to(tl.pointer_type(tl.uint16))
+    high = read(high_ptr, at, left, tl.uint32, WIDTH, VECTOR) << 16
+    low = read(low_ptr, at, left, tl.int32, WIDTH, VECTOR).to(tl.uint32, bitcast=True)
+    w = (high + low).to(tl.float32, bitcast=True)
+    return tl.where(w == w, w, high.to(tl.float32, bitcast=True))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def write_halves(
+    high_ptr: tl.tensor,
+    low_ptr: tl.tensor,
+    at: tl.tensor,
+    left: tl.tensor,
+    w: tl.tensor,
+    WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+) -> None:
+    """:func:`write` of float32 weights: their high halves to the nearest, ties away from zero, and what these lack."""
+    bits = w.to(tl.uint32, bitcast=True)
+    high = tl.where(w == w, (bits + 0x8000) >> 16, 0x7FC0).to(tl.uint16)
+    low = tl.where(w == w, bits & 0xFFFF, 0).to(tl.uint16).to(tl.int16, bitcast=True)
+    write(high_ptr.to(tl.pointer_type(tl.uint16)), at, left, high, WIDTH, VECTOR)
+    write(low_ptr, at, left, low, WIDTH, VECTOR)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def write(
     ptr: tl.tensor, at: tl.tensor, left: tl.tensor, x: tl.tensor, WIDTH: tl.constexpr, VECTOR: tl.constexpr
 ) -> None:
