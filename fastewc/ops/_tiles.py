@@ -145,7 +145,9 @@ def read_importance(
     mantissa = ((365 / 8388608 * i + 13371 / 8388608) * i + 485676 / 8388608) * i + 1.0
     bits = mantissa.to(tl.int32, bitcast=True) + (octave - 22 << 23)
     value = tl.where(code == 0, 0, bits).to(tl.float32, bitcast=True)
-    scale = tl.load(scales_ptr + (begin + at) // CODES_TO_A_SCALE, mask=left > 0, other=0.0)
+    first = (begin % CODES_TO_A_SCALE).to(tl.int32)  # 64-bit sums in the loop would take registers that Adam lacks
+    scales_ptr += begin // CODES_TO_A_SCALE
+    scale = tl.load(scales_ptr + (first + at) // CODES_TO_A_SCALE, mask=left > 0, other=0.0)
     return value.to(OP) * scale.to(OP)
 
 
@@ -172,11 +174,9 @@ def write_halves(
     VECTOR: tl.constexpr,
 ) -> None:
     """:func:`write` of float32 weights: their high halves to the nearest, ties away from zero, and what these lack."""
-    bits = w.to(tl.uint32, bitcast=True)
-    high = tl.where(w == w, (bits + 0x8000) >> 16, 0x7FC0).to(tl.uint16)
-    low = tl.where(w == w, bits & 0xFFFF, 0).to(tl.uint16).to(tl.int16, bitcast=True)
-    write(high_ptr.to(tl.pointer_type(tl.uint16)), at, left, high, WIDTH, VECTOR)
-    write(low_ptr, at, left, low, WIDTH, VECTOR)
+    bits = tl.where(w == w, w.to(tl.uint32, bitcast=True), 0x7FC00000)
+    write(high_ptr.to(tl.pointer_type(tl.uint16)), at, left, (bits + 0x8000) >> 16, WIDTH, VECTOR)
+    write(low_ptr.to(tl.pointer_type(tl.uint16)), at, left, bits & 0xFFFF, WIDTH, VECTOR)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
