@@ -328,8 +328,9 @@ __device__ __forceinline__ void store_weight(
       int16_t rest[N];
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        top[k] = high_half(values[k]);
-        rest[k] = low_half(values[k]);
+        const uint32_t bits = bits_to_split(values[k]);
+        top[k] = high_half(bits);
+        rest[k] = low_half(bits);
       }
       store(segment.data[high], tile, top);
       return store(segment.data[low], tile, rest);

@@ -14,14 +14,19 @@ FASTEWC_HD float whole(uint16_t high, int16_t low) {
   return w == w ? w : float_of(top);
 }
 
+// The bits of a weight; of NaN those whose halves are NaN and 0.
+FASTEWC_HD uint32_t bits_to_split(float w) {
+  return w == w ? bits_of(w) : 0x7fc00000u;
+}
+
 // The bits of the nearest bfloat16, ties away from zero.
-FASTEWC_HD uint16_t high_half(float w) {
-  return w == w ? static_cast<uint16_t>((bits_of(w) + 0x8000u) >> 16) : uint16_t(0x7fc0);
+FASTEWC_HD uint16_t high_half(uint32_t bits) {
+  return static_cast<uint16_t>((bits + 0x8000u) >> 16);
 }
 
 // What it lacks: the lower 16 bits, as a signed number.
-FASTEWC_HD int16_t low_half(float w) {
-  return w == w ? static_cast<int16_t>(bits_of(w)) : int16_t(0);
+FASTEWC_HD int16_t low_half(uint32_t bits) {
+  return static_cast<int16_t>(bits);
 }
 
 } // namespace fastewc

@@ -73,8 +73,9 @@ void write_halves(const float* from, int64_t n, const Stream& high, const Stream
   vectorised<float>([=]() FASTEWC_INLINE_LAMBDA {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      top[i] = high_half(from[i]);
-      rest[i] = low_half(from[i]);
+      const uint32_t bits = bits_to_split(from[i]);
+      top[i] = high_half(bits);
+      rest[i] = low_half(bits);
     }
   });
 }
