@@ -315,13 +315,13 @@ def test_the_host_of_the_triton_step_reads_nothing(name: str, dtype: torch.dtype
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("impl", ["triton", "native", "reference", "attached"])
+@pytest.mark.parametrize("impl", ["triton", "native", "reference", "attached", "triton-halves", "native-halves"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_captured_step_is_the_eager_one(name: str, impl: str, variant: str):
     """α and λ change between the replays; what was captured and what steps eagerly end with the same bits."""
     sides = []
     for _ in range(2):
-        model, lr = net().cuda(), torch.tensor(0.5, device="cuda")
+        model, lr = net(torch.bfloat16 if "halves" in impl else torch.float32).cuda(), torch.tensor(0.5, device="cuda")
         ewc = protected(variant, model)
         options: dict[str, Any] = arguments(name, lr)
         if impl == "attached":
@@ -330,7 +330,8 @@ def test_a_captured_step_is_the_eager_one(name: str, impl: str, variant: str):
             optimizer: Any = of_torch(model.parameters(), **options)
             ewc.attach(optimizer)
         else:
-            optimizer = getattr(fastewc.optim, name)(model.parameters(), ewc=ewc, impl=impl, **options)
+            options |= {"impl": impl.partition("-")[0], "master_weights": "halves" in impl}
+            optimizer = getattr(fastewc.optim, name)(model.parameters(), ewc=ewc, **options)
         sides.append((model, lr, ewc, optimizer))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -348,10 +349,11 @@ def test_a_captured_step_is_the_eager_one(name: str, impl: str, variant: str):
             fill_grads(model, 10 + step)
             lr.fill_(alpha)
             ewc.ewc_lambda = ewc_lambda
-        before = [p.detach().clone() for p in sides[0][0].parameters()]
+        captured, eager = ((model, optimizer) for model, _, _, optimizer in sides)
+        before = weights(*captured)
         graph.replay()
-        sides[1][3].step()
-        for p, q, w in zip(sides[0][0].parameters(), sides[1][0].parameters(), before, strict=True):
-            scale = (w.abs() + (p.detach() - w).abs() + 1).double()
-            assert_within_roundings(p, q.detach().double(), roundings=32 * (step + 1), error_scale=scale)
+        eager[1].step()
+        for p, q, w in zip(weights(*captured), weights(*eager), before, strict=True):
+            scale = (w.abs() + (p - w).abs() + 1).double()
+            assert_within_roundings(p, q.double(), roundings=32 * (step + 1), error_scale=scale)
             assert not torch.equal(p, w)
