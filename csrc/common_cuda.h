@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common.h"
+#include "halves.h"
 #include "importance_codes.h"
 
 #include <cuda_runtime.h>
@@ -182,6 +183,17 @@ class Loaded {
     std::memcpy(values, bits_, sizeof(bits_));
   }
 
+  // Room for N more elements of 16 bits, beside N of 16 bits that were loaded.
+  __device__ __forceinline__ void put_second(const int16_t (&second)[N]) {
+    static_assert(sizeof(bits_) == 2 * sizeof(second));
+    std::memcpy(bits_ + N / 2, second, sizeof(second));
+  }
+
+  __device__ __forceinline__ void get_both(uint16_t (&first)[N], int16_t (&second)[N]) const {
+    std::memcpy(first, bits_, sizeof(first));
+    std::memcpy(second, bits_ + N / 2, sizeof(second));
+  }
+
  private:
   template <typename T>
   __device__ __forceinline__ void convert_from(M (&values)[N]) const {
@@ -242,6 +254,44 @@ class LoadedImportance {
   std::conditional_t<std::is_same_v<M, double>, uint64_t, uint32_t> bits_[N];
 };
 
+// The weight: numbers of a parameter's dtype, or the two halves of a float32. Until they are joined, the lower halves lie
+// where the parameter's numbers leave registers free.
+template <typename M, int N>
+class LoadedWeight {
+ public:
+  template <typename S>
+  __device__ __forceinline__ void load(const S& segment, int high, int low, const Tile<N>& tile) {
+    own_.load(segment, high, tile);
+    if constexpr (std::is_same_v<M, float>) {
+      if (segment.data[low] != nullptr) {
+        int16_t rest[N];
+        fastewc::load(segment.data[low], tile, rest);
+        own_.put_second(rest);
+      }
+    }
+  }
+
+  template <typename S>
+  __device__ __forceinline__ void convert(const S& segment, int high, int low, M (&values)[N]) const {
+    if constexpr (std::is_same_v<M, float>) {
+      if (segment.data[low] != nullptr) {
+        uint16_t top[N];
+        int16_t rest[N];
+        own_.get_both(top, rest);
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+          values[k] = whole(top[k], rest[k]);
+        }
+        return;
+      }
+    }
+    own_.convert(segment.dtypes[high], values);
+  }
+
+ private:
+  Loaded<M, N> own_;
+};
+
 template <typename T, typename M, int N>
 __device__ __forceinline__ void round_to(const M (&values)[N], T (&rounded)[N]) {
 #pragma unroll
@@ -266,6 +316,27 @@ __device__ __forceinline__ void store(const S& segment, int list, const Tile<N>&
     }
   }
   store(segment.data[list], tile, values);
+}
+
+// Stores a weight, in its halves where it has them.
+template <typename S, typename M, int N>
+__device__ __forceinline__ void store_weight(
+    const S& segment, int high, int low, const Tile<N>& tile, const M (&values)[N]) {
+  if constexpr (std::is_same_v<M, float>) {
+    if (segment.data[low] != nullptr) {
+      uint16_t top[N];
+      int16_t rest[N];
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        const uint32_t bits = bits_to_split(values[k]);
+        top[k] = high_half(bits);
+        rest[k] = low_half(bits);
+      }
+      store(segment.data[high], tile, top);
+      return store(segment.data[low], tile, rest);
+    }
+  }
+  store(segment, high, tile, values);
 }
 
 // The values that a list of this dtype would give back.

@@ -56,4 +56,28 @@ void write_as(const double* from, int64_t n, const Stream& to, int64_t begin) {
   write(from, n, to, begin);
 }
 
+void read_whole(const Stream& high, const Stream& low, int64_t begin, int64_t n, float* to) {
+  const auto* top = static_cast<const uint16_t*>(high.data) + begin;
+  const auto* rest = static_cast<const int16_t*>(low.data) + begin;
+  vectorised<float>([=]() FASTEWC_INLINE_LAMBDA {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      to[i] = whole(top[i], rest[i]);
+    }
+  });
+}
+
+void write_halves(const float* from, int64_t n, const Stream& high, const Stream& low, int64_t begin) {
+  auto* top = static_cast<uint16_t*>(high.data) + begin;
+  auto* rest = static_cast<int16_t*>(low.data) + begin;
+  vectorised<float>([=]() FASTEWC_INLINE_LAMBDA {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t bits = bits_to_split(from[i]);
+      top[i] = high_half(bits);
+      rest[i] = low_half(bits);
+    }
+  });
+}
+
 } // namespace fastewc

@@ -3,6 +3,7 @@
 
 #include "common.h"
 #include "convert_cpu.h"
+#include "halves.h"
 #include "importance_codes.h"
 #include "layout.h"
 
@@ -40,6 +41,9 @@ void read_as(const Stream& from, int64_t begin, int64_t n, float* to);
 void read_as(const Stream& from, int64_t begin, int64_t n, double* to);
 void write_as(const float* from, int64_t n, const Stream& to, int64_t begin);
 void write_as(const double* from, int64_t n, const Stream& to, int64_t begin);
+// The float32 weight of a bfloat16 parameter and its remainder, and back.
+void read_whole(const Stream& high, const Stream& low, int64_t begin, int64_t n, float* to);
+void write_halves(const float* from, int64_t n, const Stream& high, const Stream& low, int64_t begin);
 
 // n elements from `begin` on as T: the memory itself where it holds T, else `buffer`, filled.
 template <typename T>
@@ -60,6 +64,21 @@ FASTEWC_INLINE void store(const Stream& stream, int64_t begin, int64_t n, const 
   T* to = static_cast<T*>(stream.data) + begin;
   if (to != values) {
     std::memcpy(to, values, n * sizeof(T));
+  }
+}
+
+// `load` and `store` of a weight in two halves; a float64 parameter has none.
+template <typename T>
+FASTEWC_INLINE T* load_whole(const Stream& high, const Stream& low, int64_t begin, int64_t n, T* buffer) {
+  if constexpr (std::is_same_v<T, float>) {
+    read_whole(high, low, begin, n, buffer);
+  }
+  return buffer;
+}
+template <typename T>
+FASTEWC_INLINE void store_halves(const Stream& high, const Stream& low, int64_t begin, int64_t n, const T* values) {
+  if constexpr (std::is_same_v<T, float>) {
+    write_halves(values, n, high, low, begin);
   }
 }
 
@@ -106,13 +125,14 @@ class Streams {
         " scales or none, given ", scales.size());
   }
 
-  // The tensors of the next entry, all `lists` and its importance; the first one's shape is that of all.
+  // The tensors of the next entry, number i of all `lists`; the first one's shape is that of all.
   void begin(const Tensor& lead, std::initializer_list<const std::vector<Tensor>*> lists, size_t i) {
     lead_ = &lead;
     linear_ = true;
+    check_floating(lead.scalar_type());
     for (const auto* list : lists) {
       if (!list->empty()) {
-        check((*list)[i], list == &importances_ ? i : NO_CODES);
+        check((*list)[i]);
         linear_ = linear_ && (*list)[i].is_contiguous();
       }
     }
@@ -125,11 +145,8 @@ class Streams {
   }
 
   Stream read(const Tensor& t) {
-    if (linear_ || t.is_contiguous()) {
-      return {const_cast<void*>(t.const_data_ptr()), t.scalar_type()};
-    }
-    copies_.push_back(torch::stable::contiguous(t));
-    return {copies_.back().mutable_data_ptr(), t.scalar_type()};
+    check_floating(t.scalar_type());
+    return walk(t);
   }
 
   // The importance of the entry.
@@ -138,6 +155,7 @@ class Streams {
     if (t.scalar_type() != ScalarType::Byte) {
       return read(t);
     }
+    check_codes(t, i);
     const float* scales = static_cast<const float*>(scales_[i].const_data_ptr());
     const auto* codes = static_cast<const uint8_t*>(t.const_data_ptr());
     if (linear_ || t.is_contiguous()) {
@@ -150,11 +168,17 @@ class Streams {
   }
 
   Stream write(const Tensor& t) {
-    const Stream stream = read(t);
-    if (!linear_ && !t.is_contiguous()) {
-      written_.emplace_back(t, copies_.back());
-    }
-    return stream;
+    check_floating(t.scalar_type());
+    return walk_and_write(t);
+  }
+
+  // The remainder of the entry's first tensor.
+  Stream write_remainder(const Tensor& t) {
+    const ScalarType high = lead_->scalar_type(), low = t.scalar_type();
+    STD_TORCH_CHECK(
+        high == ScalarType::BFloat16 && low == ScalarType::Short, op_, ": wanted int16 remainders of bfloat16 "
+        "parameters, given ", name_of(low), " of ", name_of(high));
+    return walk_and_write(t);
   }
 
   // Call once all work is done.
@@ -165,17 +189,24 @@ class Streams {
   }
 
  private:
-  static constexpr size_t NO_CODES = ~size_t(0);
-
-  // `i` is the index of an importance, NO_CODES for any other tensor.
-  void check(const Tensor& t, size_t i) const {
-    STD_TORCH_CHECK(t.is_cpu(), op_, ": wanted CPU tensors, given one of device index ", t.get_device_index());
-    const ScalarType dtype = t.scalar_type();
-    if (dtype == ScalarType::Byte && i != NO_CODES) {
-      check_codes(t, i);
-    } else {
-      check_floating(dtype);
+  Stream walk(const Tensor& t) {
+    if (linear_ || t.is_contiguous()) {
+      return {const_cast<void*>(t.const_data_ptr()), t.scalar_type()};
     }
+    copies_.push_back(torch::stable::contiguous(t));
+    return {copies_.back().mutable_data_ptr(), t.scalar_type()};
+  }
+
+  Stream walk_and_write(const Tensor& t) {
+    const Stream stream = walk(t);
+    if (!linear_ && !t.is_contiguous()) {
+      written_.emplace_back(t, copies_.back());
+    }
+    return stream;
+  }
+
+  void check(const Tensor& t) const {
+    STD_TORCH_CHECK(t.is_cpu(), op_, ": wanted CPU tensors, given one of device index ", t.get_device_index());
     STD_TORCH_CHECK(
         t.sizes() == lead_->sizes(), op_, ": wanted a tensor of its parameter's shape ", shape_of(*lead_), ", given ",
         shape_of(t));

@@ -114,7 +114,8 @@ inline ScalarType dtype_of(const char* op, const Tensor& t) {
       {aoti_torch_dtype_bfloat16(), ScalarType::BFloat16},
       {aoti_torch_dtype_float16(), ScalarType::Half},
       {aoti_torch_dtype_float64(), ScalarType::Double},
-      {aoti_torch_dtype_uint8(), ScalarType::Byte}}; // codes
+      {aoti_torch_dtype_uint8(), ScalarType::Byte}, // codes
+      {aoti_torch_dtype_int16(), ScalarType::Short}}; // remainders
   int32_t number = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
   for (const auto& [own, dtype] : known) {
@@ -161,23 +162,21 @@ class Streams {
   void put(S& segment, int list, const Tensor& t, bool written = false, bool only_math = false) {
     const ScalarType own = dtype_of(op_, t);
     STD_TORCH_CHECK(
-        own != ScalarType::Byte, op_, ": wanted float32, float64, bfloat16 or float16 tensors, given Byte");
-    STD_TORCH_CHECK(place_.has(t), op_, ": wanted all tensors on the device of the first parameter");
-    STD_TORCH_CHECK(
-        t.sizes() == layout_.sizes(), op_, ": wanted a tensor of its parameter's shape ", shape_of(layout_), ", given ",
-        shape_of(t));
+        own != ScalarType::Byte && own != ScalarType::Short, op_,
+        ": wanted float32, float64, bfloat16 or float16 tensors, given ", name_of(own));
     const bool narrow = own != ScalarType::Double && math_ != ScalarType::Double && !only_math;
-    const ScalarType dtype = narrow ? own : math_;
-    if (own == dtype && same_strides(t, layout_)) {
-      segment.put(list, written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()), dtype);
-      return;
-    }
-    copies_.push_back(empty_as(layout_, dtype));
-    torch::stable::copy_(copies_.back(), t);
-    segment.put(list, copies_.back().mutable_data_ptr(), dtype);
-    if (written) {
-      written_.emplace_back(t, copies_.back());
-    }
+    put_as(segment, list, t, own, narrow ? own : math_, written);
+  }
+
+  // The remainder of the entry, whose parameter has been put into the list `high`.
+  template <typename S>
+  void put_remainder(S& segment, int list, const Tensor& t, int high) {
+    const ScalarType own = dtype_of(op_, t);
+    STD_TORCH_CHECK(
+        own == ScalarType::Short && segment.dtypes[high] == ScalarType::BFloat16, op_,
+        ": wanted int16 remainders of bfloat16 parameters, given ", name_of(own), " of ",
+        name_of(segment.dtypes[high]));
+    put_as(segment, list, t, own, own, true);
   }
 
   // The importance of entry i.
@@ -232,6 +231,25 @@ class Streams {
   }
 
  private:
+  // `own` is t's dtype, and `dtype` what the kernel reads.
+  template <typename S>
+  void put_as(S& segment, int list, const Tensor& t, ScalarType own, ScalarType dtype, bool written) {
+    STD_TORCH_CHECK(place_.has(t), op_, ": wanted all tensors on the device of the first parameter");
+    STD_TORCH_CHECK(
+        t.sizes() == layout_.sizes(), op_, ": wanted a tensor of its parameter's shape ", shape_of(layout_), ", given ",
+        shape_of(t));
+    if (own == dtype && same_strides(t, layout_)) {
+      segment.put(list, written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()), dtype);
+      return;
+    }
+    copies_.push_back(empty_as(layout_, dtype));
+    torch::stable::copy_(copies_.back(), t);
+    segment.put(list, copies_.back().mutable_data_ptr(), dtype);
+    if (written) {
+      written_.emplace_back(t, copies_.back());
+    }
+  }
+
   const char* op_;
   const Place& place_;
   const std::vector<Tensor>& scales_;

@@ -40,7 +40,7 @@ def move(model: nn.Module, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p += torch.randn(p.shape, generator=g, dtype=p.dtype)
+            p += torch.randn(p.shape, generator=g, dtype=p.dtype).to(p.device)
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:

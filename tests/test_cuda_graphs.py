@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fastewc
 from fastewc import EWC, _dispatch
 from fastewc.ops.ewc_penalty import api as penalty_api
+from fastewc.ops.ewc_step import whole
 from fastewc.testing import assert_within_roundings
 from tests.helpers import importance_of, move
 
@@ -101,6 +102,12 @@ WAYS = {
     "AdamW-clipped": lambda m, ewc, lr: fastewc.optim.AdamW(
         m.parameters(), ewc=ewc, max_grad_norm=0.5, **arguments("AdamW", lr)
     ),
+    "AdamW-halves": lambda m, ewc, lr: fastewc.optim.AdamW(
+        m.bfloat16().parameters(), ewc=ewc, master_weights=True, **arguments("AdamW", lr)
+    ),
+    "SGD-halves": lambda m, ewc, lr: fastewc.optim.SGD(
+        m.bfloat16().parameters(), ewc=ewc, master_weights=True, **arguments("SGD", lr)
+    ),
     "attached": lambda m, ewc, lr: hooked(m, ewc, lambda m: PlainDescent(m.parameters(), lr)),
     "attached-AdamW": lambda m, ewc, lr: hooked(
         m, ewc, lambda m: fastewc.optim.AdamW(m.parameters(), **arguments("AdamW", lr))
@@ -108,6 +115,14 @@ WAYS = {
 }
 #: (α, λ) of each replay.
 CHANGES = [(0.125, 4.0), (0.25, 4.0), (0.25, 0.5), (0.0625, 64.0), (0.0625, 0.0)]
+
+
+def weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Copies of the parameters, or the float32 weights of their halves."""
+    lows = [optimizer.state.get(p, {}).get("param_remainder") for p in model.parameters()]
+    return [
+        p.detach().clone() if low is None else whole(p, low) for p, low in zip(model.parameters(), lows, strict=True)
+    ]
 
 
 @pytest.fixture
@@ -146,15 +161,13 @@ def test_a_replay_on_the_cpu_reads_lr_and_lambda(way: str, variant: str, imitate
             fill_grads(m, 10 + step)
             ewc.ewc_lambda = ewc_lambda
             live.fill_(lr)
-        before = [p.detach().clone() for p in models[0].parameters()]
+        before = weights(models[0], replayed)
         graph.replay()
         eager.step()
-        for p, q, w in zip(*(m.parameters() for m in models), before, strict=True):
+        for p, q, w in zip(weights(models[0], replayed), weights(models[1], eager), before, strict=True):
             # λ stands in another place of the formula, so it may round otherwise: 8 roundings a step of pull and map.
-            scale = (w.abs() + (p.detach() - w).abs() + 1).double()
-            assert_within_roundings(
-                p, q.detach().double(), roundings=32 * (step + 1), error_scale=scale, context=f"{step}"
-            )
+            scale = (w.abs() + (p - w).abs() + 1).double()
+            assert_within_roundings(p, q.double(), roundings=32 * (step + 1), error_scale=scale, context=f"{step}")
             assert not torch.equal(p, w)
 
 
@@ -211,6 +224,11 @@ def test_what_a_graph_cannot_hold_is_refused(name: str, imitated: list[bool]):
     if name != "SGD":
         with pytest.raises(RuntimeError, match="needs capturable=True in every group"):
             make(model.parameters(), lr=0.5).step()
+    else:
+        halved = net(torch.bfloat16)
+        fill_grads(halved, 0)
+        with pytest.raises(RuntimeError, match="every replay would reset its state"):
+            make(halved.parameters(), lr=options["lr"], master_weights=True).step()  # no other state without momentum
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     make(net().parameters(), **options).step()  # nothing to step, nothing to refuse
 
@@ -229,14 +247,16 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield "cuda"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("name", NAMES)
-def test_no_number_comes_to_the_host(name: str, impl: str, variant: str, fake_gpu: str):
-    model = nn.Linear(5, 7, device=fake_gpu)
+def test_no_number_comes_to_the_host(name: str, impl: str, variant: str, dtype: torch.dtype, fake_gpu: str):
+    model = nn.Linear(5, 7, device=fake_gpu, dtype=dtype)
     ewc = EWC(model, ewc_lambda=4.0, variant=variant)
     ewc.consolidate({n: torch.empty_like(p) for n, p in model.named_parameters()})
     options = {**arguments(name, 0.5), "max_grad_norm": 1.0, "weight_decay": 0.1, "impl": impl, "ewc": ewc}
+    options["master_weights"] = dtype == torch.bfloat16
     optimizer = getattr(fastewc.optim, name)(model.parameters(), **options)
     for group in optimizer.param_groups:
         group["lr"] = torch.zeros((), device=fake_gpu)  # the constructor looks at it
@@ -266,8 +286,9 @@ def test_no_number_comes_to_the_host_of_a_hook(variant: str, fake_gpu: str):
         optimizer.step()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_host_of_the_triton_step_reads_nothing(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_the_host_of_the_triton_step_reads_nothing(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("triton")
     from fastewc.ops.ewc_step import counters
     from fastewc.ops.ewc_step import triton as triton_step
@@ -281,8 +302,9 @@ def test_the_host_of_the_triton_step_reads_nothing(name: str, monkeypatch: pytes
     monkeypatch.setattr(triton_step, "_step", Kernel())
     monkeypatch.setattr(counters, "advance", Kernel())
     monkeypatch.setitem(_dispatch._KERNELS, ("ewc_step", "triton"), ("cpu",))
-    model = net()
+    model = net(dtype)
     options = arguments(name, torch.tensor(0.5)) | {"max_grad_norm": 1.0, "impl": "triton"}
+    options["master_weights"] = dtype == torch.bfloat16
     optimizer = getattr(fastewc.optim, name)(model.parameters(), ewc=protected("plain", model), **options)
     for step in range(3):
         fill_grads(model, step)
@@ -293,13 +315,13 @@ def test_the_host_of_the_triton_step_reads_nothing(name: str, monkeypatch: pytes
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("impl", ["triton", "native", "reference", "attached"])
+@pytest.mark.parametrize("impl", ["triton", "native", "reference", "attached", "triton-halves", "native-halves"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_captured_step_is_the_eager_one(name: str, impl: str, variant: str):
     """α and λ change between the replays; what was captured and what steps eagerly end with the same bits."""
     sides = []
     for _ in range(2):
-        model, lr = net().cuda(), torch.tensor(0.5, device="cuda")
+        model, lr = net(torch.bfloat16 if "halves" in impl else torch.float32).cuda(), torch.tensor(0.5, device="cuda")
         ewc = protected(variant, model)
         options: dict[str, Any] = arguments(name, lr)
         if impl == "attached":
@@ -308,7 +330,8 @@ def test_a_captured_step_is_the_eager_one(name: str, impl: str, variant: str):
             optimizer: Any = of_torch(model.parameters(), **options)
             ewc.attach(optimizer)
         else:
-            optimizer = getattr(fastewc.optim, name)(model.parameters(), ewc=ewc, impl=impl, **options)
+            options |= {"impl": impl.partition("-")[0], "master_weights": "halves" in impl}
+            optimizer = getattr(fastewc.optim, name)(model.parameters(), ewc=ewc, **options)
         sides.append((model, lr, ewc, optimizer))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -326,10 +349,11 @@ def test_a_captured_step_is_the_eager_one(name: str, impl: str, variant: str):
             fill_grads(model, 10 + step)
             lr.fill_(alpha)
             ewc.ewc_lambda = ewc_lambda
-        before = [p.detach().clone() for p in sides[0][0].parameters()]
+        captured, eager = ((model, optimizer) for model, _, _, optimizer in sides)
+        before = weights(*captured)
         graph.replay()
-        sides[1][3].step()
-        for p, q, w in zip(sides[0][0].parameters(), sides[1][0].parameters(), before, strict=True):
-            scale = (w.abs() + (p.detach() - w).abs() + 1).double()
-            assert_within_roundings(p, q.detach().double(), roundings=32 * (step + 1), error_scale=scale)
+        eager[1].step()
+        for p, q, w in zip(weights(*captured), weights(*eager), before, strict=True):
+            scale = (w.abs() + (p - w).abs() + 1).double()
+            assert_within_roundings(p, q.double(), roundings=32 * (step + 1), error_scale=scale)
             assert not torch.equal(p, w)

@@ -13,7 +13,7 @@
 namespace fastewc {
 namespace {
 
-enum List { PARAM, GRAD, MOMENT, SQUARE, LARGEST, IMPORTANCE, ANCHOR, PATH, LISTS };
+enum List { PARAM, REMAINDER, GRAD, MOMENT, SQUARE, LARGEST, IMPORTANCE, ANCHOR, PATH, LISTS };
 
 using StepSegment = Segment<LISTS>;
 
@@ -63,11 +63,12 @@ __global__ void __launch_bounds__(THREADS, sizeof(M) == 4 && !ADAM ? 4 : 3) ewc_
   for (int at = 0; at < chunk.size; at += Tile<N>::SIZE) {
     const Tile<N> tile(chunk, at);
     Loaded<M, N> stored[LISTS];
+    LoadedWeight<M, N> weight;
     LoadedImportance<M, N> importance;
     const auto load = [&](int list) { stored[list].load(segment, list, tile); };
     const auto convert = [&](int list, M(&values)[N]) { stored[list].convert(segment.dtypes[list], values); };
     M w[N], task[N], g[N], w_new[N], omega[N], anchor[N], path[N];
-    load(PARAM);
+    weight.load(segment, PARAM, REMAINDER, tile);
     load(GRAD);
     if (ADAM || (heavy && !rule.first)) {
       load(MOMENT);
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(M) == 4 && !ADAM ? 4 : 3) ewc_
       fastewc::load(segment.data[PATH], tile, path);
     }
 
-    convert(PARAM, w);
+    weight.convert(segment, PARAM, REMAINDER, w);
     convert(GRAD, task);
     scale(task, live.task_factor, task);
     scale(task, live.clip, g);
@@ -128,9 +129,11 @@ __global__ void __launch_bounds__(THREADS, sizeof(M) == 4 && !ADAM ? 4 : 3) ewc_
     if (has(IMPORTANCE) && !pulls) {
       hold_back(rule, w, omega, anchor, w_new);
     }
-    store(segment, PARAM, tile, w_new);
+    store_weight(segment, PARAM, REMAINDER, tile, w_new);
     if (has(PATH)) {
-      round_as(segment.dtypes[PARAM], w_new); // w⁺ as it is stored
+      if (!has(REMAINDER)) {
+        round_as(segment.dtypes[PARAM], w_new); // w⁺ as it is stored
+      }
       add_to_path(task, w, w_new, path);
       store(segment, PATH, tile, path);
     }
@@ -234,6 +237,8 @@ std::vector<StepSegment> segments_of(Streams& streams, const std::vector<Tensor>
       }
       if (list == IMPORTANCE) {
         streams.put_importance(segment, list, (*lists[list])[i], i);
+      } else if (list == REMAINDER) {
+        streams.put_remainder(segment, list, (*lists[list])[i], PARAM);
       } else {
         streams.put(segment, list, (*lists[list])[i], list != GRAD && list != ANCHOR, list == PATH);
       }
@@ -263,10 +268,11 @@ void ewc_step_cuda(
     std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
     std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> max_exp_avg_sqs,
     std::vector<Tensor> steps, std::vector<Tensor> importances, std::vector<Tensor> scales,
-    std::vector<Tensor> anchors, std::vector<Tensor> path_integrals, std::optional<Tensor> clip_coef, std::optional<Tensor> grad_scale,
-    std::optional<Tensor> found_inf, std::optional<Tensor> live_scalars, std::vector<double> scalars, std::string kind,
-    std::string variant, bool maximize, bool nesterov, bool first, bool amsgrad, bool decoupled_weight_decay,
-    bool clip_penalty, bool regularized_path) {
+    std::vector<Tensor> anchors, std::vector<Tensor> path_integrals, std::vector<Tensor> remainders,
+    std::optional<Tensor> clip_coef, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+    std::optional<Tensor> live_scalars, std::vector<double> scalars, std::string kind, std::string variant,
+    bool maximize, bool nesterov, bool first, bool amsgrad, bool decoupled_weight_decay, bool clip_penalty,
+    bool regularized_path) {
   const size_t count = params.size();
   if (count == 0) {
     return;
@@ -275,6 +281,7 @@ void ewc_step_cuda(
   const std::vector<Tensor> absent;
   const std::vector<Tensor>* lists[LISTS];
   lists[PARAM] = &params;
+  lists[REMAINDER] = &remainders;
   lists[GRAD] = &grads;
   lists[MOMENT] = adam ? &exp_avgs : &momentum_buffers;
   lists[SQUARE] = adam ? &exp_avg_sqs : &absent;
@@ -282,7 +289,7 @@ void ewc_step_cuda(
   lists[IMPORTANCE] = &importances;
   lists[ANCHOR] = &anchors;
   lists[PATH] = &path_integrals;
-  check_lists(count, {&grads}, {&momentum_buffers, &importances, &path_integrals});
+  check_lists(count, {&grads}, {&momentum_buffers, &importances, &path_integrals, &remainders});
   check_lists(importances.size(), {&anchors}, {&scales});
   if (adam) {
     check_lists(count, {&exp_avgs, &exp_avg_sqs, &steps}, {&max_exp_avg_sqs});

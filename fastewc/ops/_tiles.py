@@ -145,8 +145,38 @@ def read_importance(
     mantissa = ((365 / 8388608 * i + 13371 / 8388608) * i + 485676 / 8388608) * i + 1.0
     bits = mantissa.to(tl.int32, bitcast=True) + (octave - 22 << 23)
     value = tl.where(code == 0, 0, bits).to(tl.float32, bitcast=True)
-    scale = tl.load(scales_ptr + (begin + at) // CODES_TO_A_SCALE, mask=left > 0, other=0.0)
+    first = (begin % CODES_TO_A_SCALE).to(tl.int32)  # 64-bit sums in the loop would take registers that Adam lacks
+    scales_ptr += begin // CODES_TO_A_SCALE
+    scale = tl.load(scales_ptr + (first + at) // CODES_TO_A_SCALE, mask=left > 0, other=0.0)
     return value.to(OP) * scale.to(OP)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def read_whole(
+    high_ptr: tl.tensor, low_ptr: tl.tensor, at: tl.tensor, left: tl.tensor, WIDTH: tl.constexpr, VECTOR: tl.constexpr
+) -> tl.tensor:
+    """:func:`read` of float32 weights in two halves; see ``fastewc/ops/ewc_step/halves.py``."""
+    high_ptr = high_ptr.to(tl.pointer_type(tl.uint16))
+    high = read(high_ptr, at, left, tl.uint32, WIDTH, VECTOR) << 16
+    low = read(low_ptr, at, left, tl.int32, WIDTH, VECTOR).to(tl.uint32, bitcast=True)
+    w = (high + low).to(tl.float32, bitcast=True)
+    return tl.where(w == w, w, high.to(tl.float32, bitcast=True))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def write_halves(
+    high_ptr: tl.tensor,
+    low_ptr: tl.tensor,
+    at: tl.tensor,
+    left: tl.tensor,
+    w: tl.tensor,
+    WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+) -> None:
+    """:func:`write` of float32 weights: their high halves to the nearest, ties away from zero, and what these lack."""
+    bits = tl.where(w == w, w.to(tl.uint32, bitcast=True), 0x7FC00000)
+    write(high_ptr.to(tl.pointer_type(tl.uint16)), at, left, (bits + 0x8000) >> 16, WIDTH, VECTOR)
+    write(low_ptr.to(tl.pointer_type(tl.uint16)), at, left, bits & 0xFFFF, WIDTH, VECTOR)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

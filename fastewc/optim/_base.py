@@ -14,19 +14,24 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from fastewc import _dispatch
 from fastewc._graphs import capturing
-from fastewc._names import is_dtensor, op_dtype
+from fastewc._names import is_dtensor
 from fastewc.ops.ewc_step import StepRule, StepTensors, clip_coefficient, gradient_norm
 from fastewc.optim._capture import refuse_new_state, refuse_uncapturable
-from fastewc.optim._path_integral import PATH_TENSORS, PathIntegralMode, PathIntegralState
+from fastewc.optim._path_integral import PathIntegralMode, PathIntegralState
 from fastewc.optim._plan import Call, GroupPlan
 
 if TYPE_CHECKING:
     from fastewc.ewc import EWC
 
-_EXTRAS = ("ewc", "max_grad_norm", "path_integral", "clip_penalty", "impl", "grad_norm")
+_EXTRAS = (
+    "ewc", "max_grad_norm", "path_integral", "clip_penalty", "impl", "grad_norm", "master_weights", "state_dtype",
+)  # fmt: skip
 
 EXTRA_ARGUMENTS = """
 All arithmetic is float32 (float64 for float64 parameters) whatever the storage, each result rounded once.
+A bfloat16 parameter keeps 8 bits of that, so w − αu rounds back to w wherever αu is below half an ulp, |w|/512
+to |w|/256: at the learning rates of fine-tuning most of the training is lost. ``master_weights=True`` keeps it.
+
 Gradients are only read: unscaling (``torch.amp.GradScaler`` hands its scale to ``step()``) and clipping leave
 ``p.grad`` as it is. A step in which the scaler found an overflow changes nothing at all. ``fused=False``
 selects the reference implementation; ``foreach`` is accepted and has no effect; ``differentiable=True``,
@@ -51,13 +56,28 @@ Args:
     clip_penalty: clip task gradient + penalty together (``opt.grad_norm`` is then the norm of the sum): the
         order of the papers' code, for comparison. A few large Ω then eat the whole norm.
     impl: "auto", "reference", "triton" or "native". An explicit one never falls back.
+    master_weights: train bfloat16 parameters as float32 weights: ``state[p]["param_remainder"]``, int16 of the
+        parameter's shape, keeps the 16 bits that bfloat16 drops. Both are together exactly the weight that
+        decay, penalties, update and path integral see (``fastewc/ops/ewc_step/halves.py``); the parameter is
+        that weight rounded to nearest, ties away from zero. 2 bytes a weight, where a float32 copy takes 4,
+        and nothing random: a step has the bits of the float32 step on the same gradients. It starts at 0: the
+        parameter is the weight. Written from outside (``model.load_state_dict``), a parameter moves by at most
+        half an ulp, by the remainder that stayed; load the optimizer's state with it. ``ewc.consolidate``
+        takes w* from the parameter, so right after it a pull of up to half an ulp is left. Parameters of 32
+        and 64 bits are stepped as ever; float16 ones are refused.
+    state_dtype: of the moments (exp_avg, exp_avg_sq, max_exp_avg_sq, momentum_buffer) of 16-bit parameters:
+        torch.float32 or their own dtype. None is float32 with ``master_weights``, else their own, as torch has
+        it. A bfloat16 exp_avg_sq stalls: at β₂ = 0.999 a step changes it by about v/1000, and half its ulp is
+        v/512 to v/256: it never decays, and rises only on gradients of about twice its root or more. Moments of
+        wider parameters keep their parameter's dtype.
 
 Raises:
     TypeError: ``ewc`` is no EWC.
     ValueError: an argument out of range; ``path_integral`` without names; ``fused=False`` with a fast
-        ``impl``; an ``ewc`` that knows none of the parameters.
+        ``impl``; an ``ewc`` that knows none of the parameters; ``master_weights`` with a float16 parameter; a
+        ``state_dtype`` that is neither float32 nor the dtype of the 16-bit parameters.
     NotImplementedError: ``differentiable=True``; an ``impl`` that cannot run here; DTensor parameters
-        together with ``ewc``, ``max_grad_norm`` or ``path_integral``.
+        together with ``ewc``, ``max_grad_norm``, ``path_integral``, ``master_weights`` or ``state_dtype``.
 """
 
 
@@ -87,6 +107,8 @@ class ProtectedOptimizer(PathIntegralState):
         path_integral: PathIntegralMode,
         clip_penalty: bool,
         impl: _dispatch.Impl,
+        master_weights: bool,
+        state_dtype: torch.dtype | None,
     ) -> None:
         """Validate and keep the arguments that torch's optimizers lack."""
         from fastewc.ewc import EWC
@@ -102,6 +124,7 @@ class ProtectedOptimizer(PathIntegralState):
             raise ValueError(f"max_grad_norm must be positive, or None for no clipping; got {max_grad_norm}")
         if path_integral not in (False, True, "regularized"):
             raise ValueError(f'path_integral must be False, True or "regularized", got {path_integral!r}')
+        self._take_dtypes(master_weights, state_dtype)
         self.ewc, self.max_grad_norm, self.path_integral = ewc, max_grad_norm, path_integral
         self.clip_penalty, self.impl, self.grad_norm = bool(clip_penalty), impl, None
 
@@ -117,10 +140,13 @@ class ProtectedOptimizer(PathIntegralState):
             raise ValueError(f"fused=False selects the reference implementation, but impl={self.impl!r}; drop one")
         for p in group["params"]:
             self.choose(group, p.device)
+            self._check_dtype(p)
             wanted = {
                 "ewc": self.ewc,
                 "max_grad_norm": self.max_grad_norm,
                 "path_integral": self.path_integral or None,
+                "master_weights": self.master_weights or None,
+                "state_dtype": self.state_dtype,
             }
             asked = [name for name, value in wanted.items() if value is not None]
             if asked and is_dtensor(p):
@@ -219,10 +245,6 @@ class ProtectedOptimizer(PathIntegralState):
     def _keep_state(self, group: dict[str, Any], tensors: StepTensors) -> None:
         """Take back state that the op made."""
 
-    def lacks_state(self, group: dict[str, Any], p: Tensor) -> bool:
-        """Whether the next step would make state for a parameter."""
-        raise NotImplementedError
-
     def penalty_options(self, group: dict[str, Any], *, captured: bool) -> dict[str, Any]:
         """Variant and λ for a group's rule: λ as a tensor where a CUDA graph must read it at every replay."""
         if self.ewc is None:
@@ -236,7 +258,10 @@ class ProtectedOptimizer(PathIntegralState):
         """How to step a group now, with its :meth:`penalty_options`."""
         options = {name: group[name] for name in self.rule_options} | penalty
         regularized = self.path_integral == "regularized"
-        return StepRule(self.kind, **options, clip_penalty=self.clip_penalty, regularized_path=regularized)
+        return StepRule(
+            self.kind, **options, clip_penalty=self.clip_penalty, regularized_path=regularized,
+            state_dtype=self.state_dtype,
+        )  # fmt: skip
 
     def _calls(self, captured: bool) -> list[tuple[dict[str, Any], StepRule, Call]]:
         """Per group and device: the rule and the tensors of everything that has a gradient."""
@@ -258,6 +283,8 @@ class ProtectedOptimizer(PathIntegralState):
     def collect(self, group: dict[str, Any], p: Tensor, tensors: StepTensors) -> None:
         """Append what belongs to one parameter, its state made where it is missing. For GroupPlan."""
         self._collect_state(group, p, tensors)
+        if self.master_weights:
+            tensors.remainders.append(self._remainder_of(p))
         if self.ewc is not None:
             importance, anchor = self.ewc.held(p) or (None, None)
             tensors.importances.append(importance)
@@ -270,6 +297,7 @@ class ProtectedOptimizer(PathIntegralState):
         name = type(self).__name__
         pairs = ((group, p) for group in self.param_groups for p in group["params"] if p.grad is not None)
         for group, p in pairs:
+            self._check_dtype(p)
             if p.grad.layout != torch.strided:
                 raise NotImplementedError(
                     f"{name} does not support sparse gradients (layout {p.grad.layout}); use dense ones, e.g. "
@@ -308,18 +336,22 @@ class ProtectedOptimizer(PathIntegralState):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but refuses a state whose tasks are not those of ``ewc``; path integrals stay float32.
+        """As torch's, but refuses a state whose tasks are not those of ``ewc``, and dtypes are this optimizer's own.
+
+        Path integrals stay float32, remainders int16, moments get ``state_dtype``. A checkpoint of torch.optim, which
+        has no ``num_tasks`` and no remainders, loads; its parameters are then the weights.
 
         Raises:
             ValueError: the saved ``num_tasks`` is not that of ``ewc`` (0 without one), so an importance would
-                be forgotten silently; or the groups differ, as in torch. Nothing has changed then. A
-                checkpoint of torch.optim, which has no ``num_tasks``, loads.
+                be forgotten silently; a remainder would be lost, or was cast by another optimizer; or the groups
+                differ, as in torch. Nothing has changed then.
         """
         loaded: dict[str, Any] = {}
 
         def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
             self._check_tasks(state_dict)
             self._check_fused(state_dict)
+            self._check_remainders(state_dict)
             loaded.update(state_dict)
 
         # The last hook: it sees what the user's hooks made of the state.
@@ -328,14 +360,7 @@ class ProtectedOptimizer(PathIntegralState):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        # torch has cast every state tensor to the dtype of its parameter; a path integral is meaningless in
-        # bfloat16.
-        ids = [i for group in loaded["param_groups"] for i in group["params"]]
-        for i, p in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
-            for key in PATH_TENSORS:
-                value = loaded["state"].get(i, {}).get(key)
-                if value is not None:
-                    self.state[p][key] = value.to(p.device, op_dtype(p))
+        self._restore_dtypes(loaded)
 
     def _check_tasks(self, state_dict: dict[str, Any]) -> None:
         if any(group.get("differentiable") for group in state_dict["param_groups"]):

@@ -6,19 +6,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from fastewc._names import op_dtype
+from fastewc.optim._master_weights import PATH_TENSORS, MasterWeightState
 
 if TYPE_CHECKING:
     from fastewc.ewc import EWC
     from fastewc.importance.si import PathTerm
 
 PathIntegralMode = Literal[False, True, "regularized"]
-PATH_TENSORS = ("path_integral", "path_integral_start")
 
 
-class PathIntegralState(Optimizer):
+class PathIntegralState(MasterWeightState):
     """What :func:`fastewc.si_importance` reads of a protected optimizer; the op itself sums ω."""
 
     ewc: EWC | None = None
@@ -31,7 +30,7 @@ class PathIntegralState(Optimizer):
         state = self.state[p]
         if "path_integral" not in state:
             state["path_integral"] = torch.zeros_like(p, dtype=op_dtype(p), requires_grad=False)
-            state["path_integral_start"] = p.detach().to(op_dtype(p), copy=True)
+            state["path_integral_start"] = self._weight(p).detach().to(op_dtype(p), copy=True)
         omega: Tensor = state["path_integral"]
         return omega
 
@@ -57,7 +56,8 @@ class PathIntegralState(Optimizer):
 
         Returns:
             name → PathTerm(parameter, omega, start): omega and start of the parameter's shape, float32
-            (float64 for float64 parameters), both None where no step has moved the parameter yet.
+            (float64 for float64 parameters), both None where no step has moved the parameter yet. With
+            ``master_weights`` the parameter is the float32 weight of both halves, a copy.
 
         Raises:
             ValueError: the optimizer was made without ``path_integral``.
@@ -73,7 +73,9 @@ class PathIntegralState(Optimizer):
             for name, p in zip(names, params, strict=True):
                 if name is not None:
                     state = self.state.get(p, {})
-                    terms[name] = PathTerm(p, state.get("path_integral"), state.get("path_integral_start"))
+                    terms[name] = PathTerm(
+                        self._weight(p), state.get("path_integral"), state.get("path_integral_start")
+                    )
         return terms
 
     def reset_path_integral(self) -> None:

@@ -32,6 +32,7 @@ _STATE_KEYS = {
     "max_exp_avg_sqs": "max_exp_avg_sq",
     "steps": "step",
     "path_integrals": "path_integral",
+    "remainders": "param_remainder",
 }
 # Options of a group that decide which lists there are, and what runs.
 _OPTIONS = ("amsgrad", "momentum", "fused", "capturable")
@@ -139,4 +140,5 @@ def _kinds(params: Sequence[Tensor]) -> list[tuple[int, torch.dtype]]:
 
 
 def _options(optimizer: ProtectedOptimizer, group: dict[str, Any]) -> tuple[Any, ...]:
-    return (*map(group.get, _OPTIONS), optimizer.impl, optimizer.path_integral)
+    own = (optimizer.impl, optimizer.path_integral, optimizer.master_weights, optimizer.state_dtype)
+    return (*map(group.get, _OPTIONS), *own)

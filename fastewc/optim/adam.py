@@ -46,6 +46,8 @@ class Adam(AdamStep, torch.optim.Adam):
         path_integral: PathIntegralMode = False,
         clip_penalty: bool = False,
         impl: Impl = "auto",
+        master_weights: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -61,7 +63,7 @@ class Adam(AdamStep, torch.optim.Adam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        self._take_extras(ewc, max_grad_norm, path_integral, clip_penalty, impl)
+        self._take_extras(ewc, max_grad_norm, path_integral, clip_penalty, impl, master_weights, state_dtype)
         self._join(self.param_groups)
 
 

@@ -45,6 +45,8 @@ class AdamW(AdamStep, torch.optim.AdamW):
         path_integral: PathIntegralMode = False,
         clip_penalty: bool = False,
         impl: Impl = "auto",
+        master_weights: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -59,7 +61,7 @@ class AdamW(AdamStep, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self._take_extras(ewc, max_grad_norm, path_integral, clip_penalty, impl)
+        self._take_extras(ewc, max_grad_norm, path_integral, clip_penalty, impl, master_weights, state_dtype)
         self._join(self.param_groups)
 
 

@@ -47,6 +47,8 @@ class SGD(ProtectedOptimizer, torch.optim.SGD):
         path_integral: PathIntegralMode = False,
         clip_penalty: bool = False,
         impl: Impl = "auto",
+        master_weights: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -60,7 +62,7 @@ class SGD(ProtectedOptimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._take_extras(ewc, max_grad_norm, path_integral, clip_penalty, impl)
+        self._take_extras(ewc, max_grad_norm, path_integral, clip_penalty, impl, master_weights, state_dtype)
         self._join(self.param_groups)
 
     def _collect_state(self, group: dict[str, Any], p: Tensor, tensors: StepTensors) -> None:
@@ -69,7 +71,8 @@ class SGD(ProtectedOptimizer, torch.optim.SGD):
 
     def lacks_state(self, group: dict[str, Any], p: Tensor) -> bool:
         """Momentum starts with the first gradient."""
-        return group["momentum"] != 0 and self.state.get(p, {}).get("momentum_buffer") is None
+        missing = group["momentum"] != 0 and self.state.get(p, {}).get("momentum_buffer") is None
+        return missing or super().lacks_state(group, p)
 
     def _keep_state(self, group: dict[str, Any], tensors: StepTensors) -> None:
         for p, buffer in zip(tensors.params, tensors.momentum_buffers, strict=False):  # no buffers without momentum

@@ -39,7 +39,13 @@ def test_the_cuda_kernels_pass_the_tests_of_their_ops(tmp_path: Path) -> None:
     plugins = ["-p", "tests.cuda_on_cpu.plugin", "-p", "no:cacheprovider"]
     files = [
         f"tests/{name}.py"
-        for name in ("cuda_on_cpu/kernels", "cuda_on_cpu/sums", "ops/test_parity", "ops/test_ewc_step")
+        for name in (
+            "cuda_on_cpu/kernels",
+            "cuda_on_cpu/sums",
+            "ops/test_parity",
+            "ops/test_ewc_step",
+            "ops/test_ewc_step_halves",
+        )
     ]
     ops = [path.parent.name for path in csrc.glob("*/*_cuda.cu")]
     tests = [*files, "tests/ops/test_ewc_penalty.py", "-k", " or ".join(["cuda_on_cpu", *ops])]

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from fastewc import _dispatch
 from fastewc.ops import _multi_tensor as multi
-from fastewc.ops.ewc_step import StepRule, StepTensors, cases, ewc_step
+from fastewc.ops.ewc_step import StepRule, StepTensors, cases, ewc_step, halves, whole
 from fastewc.ops.ewc_step.cases import CASES, Case
 from fastewc.testing import assert_all_within_roundings
 from tests.ops import interpreter
 from tests.ops.interpreter import DEVICE, needs_kernels
+from tests.ops.split_steps import RULES, VARIANTS, Setting, check_same_bits
 from tests.ops.test_importance_codes import codes_of, laid_out
 
 BY_ID = {case.id: case for case in CASES}
@@ -265,3 +266,40 @@ def test_codes_give_the_bits_of_the_numbers_that_they_stand_for(variant: str, dt
     results = [step(rule, StepTensors(params, params, importances=list(o), anchors=anchors)) for o in stored]
     assert same(results[0], results[1]) and same(results[2], results[1])
     assert not same(results[0], params)
+
+
+SETTINGS = [
+    Setting(),
+    Setting(codes=True),
+    Setting(anchor=torch.float32),
+    Setting(grad=torch.float32),
+    Setting(layout="gaps"),
+    Setting(layout="misaligned"),
+    Setting(layout="channels_last"),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", RULES)
+def test_two_halves_are_stepped_as_float32(name: str, variant: str):
+    rule = dataclasses.replace(RULES[name], variant=variant)
+    for setting in SETTINGS if variant == "stabilized" else SETTINGS[:1]:
+        check_same_bits(rule, "triton", dataclasses.replace(setting, steps=5, device=DEVICE))
+
+
+@needs_kernels
+@pytest.mark.parametrize("rest", [-5, 5])
+def test_no_remainder_makes_a_nan_of_a_number(rest: int):
+    w = torch.tensor([0.0, -0.0, 1.0, torch.inf, -torch.inf, torch.nan]).bfloat16().to(DEVICE)
+    low = torch.full((6,), rest, dtype=torch.int16, device=DEVICE)
+    t = StepTensors(params=[w.clone()], grads=[torch.zeros_like(w)], remainders=[low])
+    wanted = halves(whole(w, low))
+    ewc_step(StepRule("sgd", lr=0.0), t, impl="triton")
+    assert torch.equal(t.params[0].view(torch.int16), wanted[0].view(torch.int16))
+    assert torch.equal(t.remainders[0], wanted[1])
+
+
+@needs_kernels
+def test_any_dtype_beside_halves():
+    check(Mixed("mixed", BY_ID["adamw-split"].rule, split=True), torch.bfloat16)

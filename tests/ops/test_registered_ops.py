@@ -22,6 +22,8 @@ CHECKED = (
     "adam-amsgrad",
     "adamw-proximal",
     "adamw-clip-scale",
+    "adamw-split",
+    "momentum-first-split",
 )
 STEPS = [case for case in step_cases.CASES if case.id in CHECKED]
 CPU = torch.device("cpu")
@@ -43,9 +45,9 @@ def arguments(case: step_cases.Case, tensors: StepTensors) -> list[tuple[Any, ..
     return [
         (
             t.params, t.grads, t.momentum_buffers, t.exp_avgs, t.exp_avg_sqs, t.max_exp_avg_sqs, t.steps,
-            *split(t.importances), t.anchors, t.path_integrals, clip, scale, None, live, numbers, rule.kind,
-            rule.variant, rule.maximize, rule.nesterov, launch.first, rule.amsgrad, rule.decoupled_weight_decay,
-            rule.clip_penalty, rule.regularized_path,
+            *split(t.importances), t.anchors, t.path_integrals, t.remainders, clip, scale, None, live, numbers,
+            rule.kind, rule.variant, rule.maximize, rule.nesterov, launch.first, rule.amsgrad,
+            rule.decoupled_weight_decay, rule.clip_penalty, rule.regularized_path,
         )
         for launch in launches(rule, tensors)
         for t in [launch.tensors]
@@ -56,7 +58,7 @@ def arguments(case: step_cases.Case, tensors: StepTensors) -> list[tuple[Any, ..
 def test_opcheck_of_ewc_step(case: step_cases.Case):
     from fastewc.ops.ewc_step import native  # noqa: F401  # defines the op
 
-    for args in arguments(case, case.inputs(torch.float32)):
+    for args in arguments(case, case.inputs(case.dtypes[0])):
         torch.library.opcheck(torch.ops.fastewc.ewc_step.default, args)
 
 
@@ -80,7 +82,7 @@ def test_opcheck_of_the_penalty_ops(dtype: torch.dtype):
 
 @pytest.mark.parametrize("case", STEPS, ids=lambda case: case.id)
 def test_a_compiled_step_is_one_graph_with_the_same_bits(case: step_cases.Case):
-    eager, compiled = case.inputs(torch.float32), case.inputs(torch.float32)
+    eager, compiled = case.inputs(case.dtypes[0]), case.inputs(case.dtypes[0])
     clip, scale = (None if x is None else torch.tensor(x) for x in (case.clip_coef, case.grad_scale))
 
     def step(tensors: StepTensors) -> None:
@@ -131,9 +133,10 @@ def test_the_op_itself_refuses_what_does_not_fit():
         (1, args[1][:-1], "lists of"),
         (1, [torch.ones(3)] * len(args[0]), "shape"),
         (8, [torch.ones(1)], "lists of"),
-        (15, [1.0], "8 scalars"),
-        (16, "lion", "sgd"),
-        (17, "elastic", "variant"),
+        (11, [torch.zeros_like(p, dtype=torch.int16) for p in args[0]], "int16 remainders of bfloat16 parameters"),
+        (16, [1.0], "8 scalars"),
+        (17, "lion", "sgd"),
+        (18, "elastic", "variant"),
     ):
         before = [t.clone() for t in (*args[0], *args[6])]  # parameters and counters
         with pytest.raises(RuntimeError, match=text):

@@ -43,6 +43,13 @@ pytestmark = pytest.mark.skipif(interpreter.INTERPRETED, reason="the interpreter
 HELD = ("plain", "stabilized", "proximal", "wva")
 #: Parameters and the narrower dtype that their Ω is stored in; w* is then bfloat16.
 COMPRESSED = ((torch.float32, torch.uint8), (torch.bfloat16, torch.uint8), (torch.float32, torch.bfloat16))
+#: bfloat16 parameters with wider moments or gradients, or that are the upper halves of float32 weights.
+MIXED: tuple[dict[str, Any], ...] = (
+    {"moment": torch.float32},
+    {"split": True},
+    {"split": True, "moment": torch.float32},
+    {"split": True, "moment": torch.float32, "grad": torch.float32},
+)
 
 
 def distinct(variants: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -63,7 +70,21 @@ def step_variants() -> list[dict[str, Any]]:
             anchor=penalty.stored_anchor(param, torch.bfloat16),
         )
         for rule, variant, tracked, (param, omega) in itertools.product(RULES, HELD, (False, True), COMPRESSED)
+    ) + mixed_variants()  # fmt: skip
+
+
+def mixed_variants() -> list[dict[str, Any]]:
+    param = torch.bfloat16
+    stored = ((None, param), (None, torch.float32), (torch.uint8, param))
+    ways = itertools.product(RULES, HELD, (False, True), (False, True), stored, MIXED)
+    every = distinct(
+        step.specialisation(
+            dataclasses.replace(rule, variant=variant), held=held, tracked=tracked, param=param, anchor=anchor,
+            omega=omega if held else None, **mixed,
+        )
+        for rule, variant, held, tracked, (omega, anchor), mixed in ways
     )  # fmt: skip
+    return [c for c in every if c["SPLIT"] or c["MOMENT"] != c["PARAM"]]
 
 
 def penalty_variants() -> list[dict[str, Any]]:
@@ -84,8 +105,11 @@ def counter_variants() -> list[dict[str, Any]]:
 def fullest(job: Job) -> bool:
     c = job.constants
     if job.kernel == "_step":
-        wide_tile = c["TRACKED"] or c["BLOCK"] == 1024
-        return c["KIND"] in ("momentum", "amsgrad") and c["HELD"] != "free" and wide_tile and c["PARAM"].name != "fp16"
+        wide_tile = c["TRACKED"] or c["BLOCK"] == 1024 or c["SPLIT"]
+        kinds = {c["PARAM"], c["GRAD"], c["MOMENT"]}
+        usual = c["GRAD"] == c["PARAM"] and c["SPLIT"] == (len(kinds) == 2)  # as master weights have it by default
+        full = c["KIND"] in ("momentum", "amsgrad") and c["HELD"] != "free" and wide_tile and c["PARAM"].name != "fp16"
+        return usual and full
     return job.kernel == "advance" or (c["MODE"] in ("pulled", "hold_back", "stats") and c["PARAM"].name != "fp16")
 
 
@@ -136,9 +160,9 @@ def tensors(job: Job) -> tuple[list[Any], list[Any]]:
         own = {"pull": [param], "pulled": [param], "hold_back": [param]}.get(c["MODE"], [])
         return [param, omega, anchor] + [param] * (c["MODE"] == "pulled"), own
     moments = {"sgd": 0, "momentum": 1, "adam": 2, "amsgrad": 3}[c["KIND"]]
-    state = [param] * (1 + moments) + [wide] * c["TRACKED"]
+    state = [param] * (1 + c["SPLIT"]) + [c["MOMENT"]] * moments + [wide] * c["TRACKED"]
     held = {"free": [], "wva": [omega]}.get(c["HELD"], [omega, anchor])
-    return [*state, param, *held], state
+    return [*state, c["GRAD"], *held], state
 
 
 def test_tiles_do_not_pass_through_shared_memory(codes: list[Code]):
@@ -169,4 +193,4 @@ def test_no_argument_compiles_another_kernel(kernel):
 
 def test_the_variants_are_few():
     counts = len(step_variants()), len(penalty_variants()), len(counter_variants())
-    assert counts == (248, 50, 4)
+    assert counts == (500, 50, 4)

@@ -83,6 +83,14 @@ def test_codes_are_decoded_in_whole_vectors(library: Path):
             ), f"codes are not decoded in vectors in the {clone} clones of {part}"
 
 
+def test_weights_are_split_and_joined_in_whole_vectors(library: Path):
+    for part in ("write_halves", "read_whole"):
+        code = disassembly(library, part)
+        for clone in ("arch_x86_64_v4", "arch_x86_64_v3"):
+            bodies = [body for name, body in code.items() if name.endswith(f".{clone}")]
+            assert any(re.search(rf"vpaddd .*%{REGISTERS[clone]}", body) for body in bodies), (part, clone)
+
+
 def test_the_widest_clone_that_this_cpu_can_run_is_the_one_that_runs(library: Path):
     flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
     runnable = [clone for clone, needed in NEEDED.items() if needed <= flags] + ["default"]

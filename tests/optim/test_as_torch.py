@@ -26,7 +26,7 @@ from tests.optim.torch_cases import (
     wide,
 )
 
-EXTRAS = ["ewc", "max_grad_norm", "path_integral", "clip_penalty", "impl"]
+EXTRAS = ["ewc", "max_grad_norm", "path_integral", "clip_penalty", "impl", "master_weights", "state_dtype"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -35,7 +35,8 @@ def ewc_step(
     6. ω ← ω − g_task · (w⁺ − w) (E7, Zenke et al. 2017, eq. 3), with g_task the g of step 1 and w⁺ as stored.
 
     All arithmetic is float32 (float64 for float64 parameters), whatever the storage; each result is rounded
-    once, when it is stored. Any layout, 0-dim and empty tensors included.
+    once, when it is stored. A bfloat16 parameter with a remainder is the float32 weight of both halves
+    (``halves.py``), and so is w⁺. Any layout, 0-dim and empty tensors included.
 
     Args:
         rule: what all tensors share.
@@ -46,7 +47,8 @@ def ewc_step(
         impl: "auto", "reference", "triton" or "native".
 
     Raises:
-        ValueError: lists of unequal length, or an unknown ``impl``.
+        ValueError: lists of unequal length, a remainder that is not int16 or not of a bfloat16 parameter, or an
+            unknown ``impl``.
         NotImplementedError: the requested ``impl`` cannot run here; the reason is named.
     """
     _check_lengths(rule, tensors)
@@ -152,3 +154,8 @@ def _check_lengths(rule: StepRule, tensors: StepTensors) -> None:
             )
     if len(tensors.importances) != len(tensors.anchors):
         raise ValueError("ewc_step: importances and anchors belong together: give both or neither")
+    for param, remainder in zip(tensors.params, tensors.remainders, strict=False):  # none without split weights
+        if remainder is not None and (param.dtype, remainder.dtype) != (torch.bfloat16, torch.int16):
+            raise ValueError(
+                f"ewc_step: wanted int16 remainders of bfloat16 params, given {remainder.dtype} of {param.dtype}"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from fastewc import _dispatch
 from fastewc.ops.ewc_step.api import ewc_step
-from fastewc.ops.ewc_step.rule import StepRule, StepTensors
+from fastewc.ops.ewc_step.halves import whole
+from fastewc.ops.ewc_step.rule import StepRule, StepTensors, moment_dtype
 from fastewc.ops.importance_codes import Codes, encode, numbers
 
 # 0-dim, empty, one, odd, larger than a block, and two layouts that are not contiguous.
@@ -29,6 +31,9 @@ class Case:
         grad_scale: factor that the gradients carry, or None.
         first: no momentum buffer exists yet.
         importance_dtype: of Ω, if not that of the arithmetic; anchors are then bfloat16.
+        state_dtype: of the moments of 16-bit parameters, if not theirs.
+        split: bfloat16 parameters have a remainder, but every fifth.
+        dtypes: of the parameters for which the case is special.
         roundings: how many may add up on the error scale: about 7 on the way to the gradient (c takes 4), twice
             that in its square, halved again by the root of v, and a few for the quotient and the update.
     """
@@ -39,8 +44,10 @@ class Case:
     grad_scale: float | None = None
     first: bool = False
     importance_dtype: torch.dtype | None = None
+    state_dtype: torch.dtype | None = None
+    split: bool = False
     roundings: float = 16.0
-    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
     def inputs(self, dtype: torch.dtype) -> StepTensors:
         """Seeded inputs: moments, weights and gradients are rounded to ``dtype``; Ω spans twelve decades."""
@@ -48,6 +55,9 @@ class Case:
 
         def normal(shape: tuple[int, ...]) -> Tensor:
             return torch.randn(shape, generator=gen, dtype=torch.float64).to(dtype)
+
+        def moment(shape: tuple[int, ...]) -> Tensor:
+            return normal(shape).to(moment_dtype(dtype, self.state_dtype))
 
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         t = StepTensors()
@@ -62,13 +72,16 @@ class Case:
             t.anchors.append((w.double() + 0.1 * normal(shape).double()).to(near) if held else None)
             t.path_integrals.append(normal(shape).to(wide) if tracked else None)
             if self.rule.kind == "adam":
-                t.exp_avgs.append(laid_out(normal(shape)))
-                t.exp_avg_sqs.append(laid_out(normal(shape).square()))
+                t.exp_avgs.append(laid_out(moment(shape)))
+                t.exp_avg_sqs.append(laid_out(moment(shape).square()))
                 t.steps.append(torch.tensor(float(3 + i)))
                 if self.rule.amsgrad:
-                    t.max_exp_avg_sqs.append(normal(shape).square())
+                    t.max_exp_avg_sqs.append(moment(shape).square())
             elif self.rule.momentum != 0:
-                t.momentum_buffers.append(None if self.first else normal(shape))
+                t.momentum_buffers.append(None if self.first else moment(shape))
+            if self.split and dtype == torch.bfloat16:
+                low = torch.randint(-(2**15), 2**15, shape, generator=gen).to(torch.int16)
+                t.remainders.append(laid_out(low) if i % 5 != 4 else None)
         return t
 
     def _stored(self, omega: Tensor, w: Tensor) -> Tensor | Codes:
@@ -77,7 +90,7 @@ class Case:
         return omega.to(self.importance_dtype or omega.dtype)
 
     def run(self, impl: _dispatch.Impl, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
-        """Everything that the op writes: parameters, moments, counters, path integrals."""
+        """Everything that the op writes: weights, moments, counters, path integrals."""
         return self.step(converted(self.inputs(dtype), None, device), impl)
 
     def oracle(self, dtype: torch.dtype) -> list[Tensor]:
@@ -88,7 +101,8 @@ class Case:
         """Σ|terms| of each output, in the order of :meth:`run`."""
         t, new = converted(self.inputs(dtype), torch.float64), converted(self.inputs(dtype), torch.float64)
         self.step(new, "reference")
-        scales = [self._scales(t, new, i, dtype) for i in range(len(t.params))]
+        stored = self.inputs(dtype)
+        scales = [self._scales(t, new, i, weight(stored, i).dtype) for i in range(len(t.params))]
         written = columns(replace(new, momentum_buffers=list(new.momentum_buffers)))
         return [scales[i][name] for name, i, _ in written]
 
@@ -159,10 +173,18 @@ def _with_zeros(omega: Tensor) -> Tensor:
 
 def converted(t: StepTensors, dtype: torch.dtype | None, device: str = "cpu") -> StepTensors:
     """On another device, in another dtype; None keeps each tensor's own. What is already there is the same tensor."""
-    lists: dict[str, Any] = {}
-    for name, entries in vars(t).items():
+    lists: dict[str, Any] = dict(vars(t))
+    if dtype is not None and t.remainders:
+        lists |= {"params": [weight(t, i) for i in range(len(t.params))], "remainders": []}
+    for name, entries in lists.items():
         lists[name] = [None if e is None else _converted(e, dtype, torch.device(device)) for e in entries]
     return StepTensors(**lists)
+
+
+def weight(t: StepTensors, i: int) -> Tensor:
+    """A parameter, or the float32 weight of its halves."""
+    low = t.remainders[i] if t.remainders else None
+    return t.params[i] if low is None else whole(t.params[i], low)
 
 
 def _converted(e: Tensor | Codes, dtype: torch.dtype | None, device: torch.device) -> Tensor | Codes:
@@ -172,8 +194,9 @@ def _converted(e: Tensor | Codes, dtype: torch.dtype | None, device: torch.devic
 
 
 def columns(t: StepTensors) -> Iterator[tuple[str, int, Tensor]]:
-    """(list, index, tensor) of everything that the op writes."""
-    written = ("params", "momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps")
+    """(list, index, tensor) of everything that the op writes; halves as the weights that they are."""
+    yield from (("params", i, weight(t, i)) for i in range(len(t.params)))
+    written = ("momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps")
     for name in (*written, "path_integrals"):
         for i, tensor in enumerate(getattr(t, name)):
             if tensor is not None:
@@ -216,6 +239,32 @@ def _cases() -> list[Case]:
         Case("adamw-clip-scale", adamw, clip_coef=0.125, grad_scale=256.0),
         Case("sgd-clip-sum", replace(sgd, clip_penalty=True), clip_coef=0.125),
         Case("sgd-regularized-path", replace(sgd, regularized_path=True), clip_coef=0.5),
+        *_cases_of_16_bits(),
+    ]
+
+
+def _cases_of_16_bits() -> list[Case]:
+    """Moments wider than their parameters, and weights in two halves."""
+    sgd = StepRule("sgd", lr=0.05, ewc_lambda=3.0, state_dtype=torch.float32)
+    adamw = StepRule("adam", lr=0.01, weight_decay=0.1, decoupled_weight_decay=True, ewc_lambda=3.0)
+    heavy, nesterov = replace(sgd, momentum=0.9), replace(sgd, momentum=0.9, nesterov=True)
+    amsgrad = replace(adamw, amsgrad=True, decoupled_weight_decay=False)
+    wide = partial(Case, state_dtype=torch.float32, dtypes=(torch.bfloat16, torch.float16))
+    split = partial(Case, state_dtype=torch.float32, split=True, dtypes=(torch.bfloat16,))
+    return [
+        wide("adamw-wide", adamw),
+        wide("amsgrad-proximal-wide", replace(amsgrad, variant="proximal")),
+        wide("momentum-first-wide", heavy, first=True),
+        split("sgd-split", sgd),
+        split("sgd-proximal-split", replace(sgd, variant="proximal")),
+        split("sgd-regularized-path-split", replace(sgd, variant="plain", regularized_path=True), clip_coef=0.5),
+        split("momentum-first-split", heavy, first=True),
+        split("nesterov-wva-split", replace(nesterov, variant="wva")),
+        split("adamw-split", adamw, clip_coef=0.125, grad_scale=256.0),
+        split("amsgrad-proximal-split", replace(amsgrad, variant="proximal")),
+        split("adamw-codes-split", adamw, importance_dtype=torch.uint8),
+        split("adamw-narrow-split", adamw, state_dtype=torch.bfloat16),
+        split("momentum-narrow-split", heavy, state_dtype=torch.bfloat16),
     ]
 
 

@@ -14,7 +14,7 @@ from fastewc.ops._tiles import number, scalar
 #: Counters that one program advances.
 COUNTERS = tl.constexpr(128)
 #: Their row in the table of ewc_step.
-STEPS = tl.constexpr(10)
+STEPS = tl.constexpr(11)
 
 
 @triton.jit(do_not_specialize=["n", "live", "found_inf"])  # type: ignore[untyped-decorator]

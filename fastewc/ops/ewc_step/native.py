@@ -34,7 +34,7 @@ def ewc_step(
         t = launch.tensors
         _step(
             t.params, t.grads, t.momentum_buffers, t.exp_avgs, t.exp_avg_sqs, t.max_exp_avg_sqs, t.steps,
-            *split(t.importances), t.anchors, t.path_integrals, clip_coef, grad_scale, found_inf, live_scalars, scalars,
-            rule.kind, rule.variant, rule.maximize, rule.nesterov, launch.first, rule.amsgrad,
+            *split(t.importances), t.anchors, t.path_integrals, t.remainders, clip_coef, grad_scale, found_inf,
+            live_scalars, scalars, rule.kind, rule.variant, rule.maximize, rule.nesterov, launch.first, rule.amsgrad,
             rule.decoupled_weight_decay, rule.clip_penalty, rule.regularized_path,
         )  # fmt: skip

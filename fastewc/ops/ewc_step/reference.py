@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastewc._names import op_dtype
 from fastewc.ops.ewc_penalty import reference as penalty
-from fastewc.ops.ewc_step.rule import StepRule, StepTensors
+from fastewc.ops.ewc_step.halves import halves, whole
+from fastewc.ops.ewc_step.rule import StepRule, StepTensors, moment_dtype
 from fastewc.ops.importance_codes import numbers
 
 Scalar = float | Tensor
@@ -32,17 +33,27 @@ def ewc_step(
         return
     update = adam_update if rule.kind == "adam" else sgd_update
     for i, param in enumerate(tensors.params):
-        w = param.to(op_dtype(param))
+        w, remainder = weight(tensors, i), tensors.remainders[i] if tensors.remainders else None
         g_task = task_gradient(tensors.grads[i], w.dtype, grad_scale, maximize=rule.maximize)
         pull = penalty_gradient(rule, tensors, i, w)
         g = clipped_sum(g_task, pull, clip_coef, clip_penalty=rule.clip_penalty)
         w_new = update(rule, tensors, i, w, g)
-        stored = held_back(rule, tensors, i, w, w_new).to(param.dtype)
+        w_new = held_back(rule, tensors, i, w, w_new)
+        stored = w_new if remainder is not None else w_new.to(param.dtype)
         omega = tensors.path_integrals[i] if tensors.path_integrals else None
         if omega is not None:
             g_path = g_task + pull if rule.regularized_path and pull is not None else g_task
             omega.sub_(g_path * (stored.to(w.dtype) - w))  # E7: ω ← ω − g(w⁺ − w), with w⁺ as it is stored
+        if remainder is not None:
+            stored, low = halves(w_new)
+            remainder.copy_(low)
         param.copy_(stored)
+
+
+def weight(tensors: StepTensors, i: int) -> Tensor:
+    """w in the dtype of the arithmetic: the parameter, with its remainder if it has one."""
+    param, remainder = tensors.params[i], tensors.remainders[i] if tensors.remainders else None
+    return param.to(op_dtype(param)) if remainder is None else whole(param, remainder)
 
 
 def task_gradient(grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None, *, maximize: bool) -> Tensor:
@@ -90,7 +101,9 @@ def sgd_update(rule: StepRule, tensors: StepTensors, i: int, w: Tensor, g: Tenso
         stored = tensors.momentum_buffers[i]
         b = g if stored is None else (stored.to(w.dtype) * rule.momentum).add_(g, alpha=1 - rule.dampening)
         if stored is None:
-            stored = tensors.momentum_buffers[i] = torch.empty_like(tensors.params[i], requires_grad=False)
+            dtype = moment_dtype(tensors.params[i].dtype, rule.state_dtype)
+            stored = torch.empty_like(tensors.params[i], dtype=dtype, requires_grad=False)
+            tensors.momentum_buffers[i] = stored
         stored.copy_(b)
         g = g.add(b, alpha=rule.momentum) if rule.nesterov else b
     return _add(w, g, -rule.lr)
@@ -126,8 +139,8 @@ def adam_update(rule: StepRule, tensors: StepTensors, i: int, w: Tensor, g: Tens
 def gradient_norms(rule: StepRule, tensors: StepTensors, grad_scale: Tensor | None) -> list[Tensor]:
     """The L2 norm of each unscaled, unclipped gradient, with the penalty in it if ``rule.clip_penalty``."""
     norms = []
-    for i, param in enumerate(tensors.params):
-        w = param.to(op_dtype(param))
+    for i in range(len(tensors.params)):
+        w = weight(tensors, i)
         g = task_gradient(tensors.grads[i], w.dtype, grad_scale, maximize=rule.maximize)
         pull = penalty_gradient(rule, tensors, i, w) if rule.clip_penalty else None
         norms.append(torch.linalg.vector_norm(g if pull is None else g + pull))

@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fastewc.ops.importance_codes import Codes
 
 Variant = Literal["plain", "stabilized", "proximal", "wva"]
+
+
+def moment_dtype(param: torch.dtype, state_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of the moments of a parameter: the one asked for if the parameter has 16 bits, else its own."""
+    return state_dtype if state_dtype is not None and param.itemsize == 2 else param
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,7 @@ class StepRule:
         clip_penalty: the clip coefficient scales the sum of task gradient and penalty, not the task gradient
             alone.
         regularized_path: the path integral uses task gradient + penalty, not the task gradient alone.
+        state_dtype: of new momentum buffers, see :func:`moment_dtype`.
         scalars: everything of ``schema.SCALARS``, in its order.
         numbers: the scalars as numbers; None if any of them is a tensor, whose value may change.
     """
@@ -45,6 +52,7 @@ class StepRule:
     ewc_lambda: float | Tensor = 0.0
     clip_penalty: bool = False
     regularized_path: bool = False
+    state_dtype: torch.dtype | None = None
 
     scalars: tuple[float | Tensor, ...] = field(init=False, repr=False, compare=False)
     numbers: list[float] | None = field(init=False, repr=False, compare=False)
@@ -62,8 +70,8 @@ class StepRule:
 class StepTensors:
     """What to step: parallel lists, entry i of each belongs to ``params[i]`` and has its shape; one device.
 
-    A list that the rule does not use stays empty. Moments have the parameter's dtype, path integrals float32
-    (float64 for float64 parameters), steps are 0-dim floats, on the CPU or on the device of the parameter.
+    A list that the rule does not use stays empty. Moments have the parameter's dtype or a wider one, path integrals
+    float32 (float64 for float64 parameters), steps are 0-dim floats, on the CPU or on the device of the parameter.
 
     Attributes:
         momentum_buffers: None before the first step with momentum; :func:`ewc_step` puts the new buffer in
@@ -72,6 +80,8 @@ class StepTensors:
             or codes of one byte.
         anchors: w*, None where Ω is.
         path_integrals: ω of synaptic intelligence, or None where it is not tracked.
+        remainders: int16, what bfloat16 parameters lack of their float32 weights (``halves.py``); None where the
+            parameter is the whole weight.
     """
 
     params: list[Tensor] = field(default_factory=list)
@@ -84,3 +94,4 @@ class StepTensors:
     importances: list[Tensor | Codes | None] = field(default_factory=list)
     anchors: list[Tensor | None] = field(default_factory=list)
     path_integrals: list[Tensor | None] = field(default_factory=list)
+    remainders: list[Tensor | None] = field(default_factory=list)

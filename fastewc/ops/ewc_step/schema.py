@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from fastewc.ops.ewc_step.rule import StepRule, StepTensors
+from fastewc.ops.ewc_step.rule import StepRule, StepTensors, moment_dtype
 
 #: The order of ``scalars`` (and of ``live_scalars``, a float64 tensor of the same eight on the parameters' device).
 SCALARS = ("lr", "ewc_lambda", "weight_decay", "beta1", "beta2", "eps", "momentum", "dampening")
@@ -24,6 +24,7 @@ SCHEMA = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
     "Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] steps, "
     "Tensor[] importances, Tensor[] scales, Tensor[] anchors, Tensor(g!)[] path_integrals, "
+    "Tensor(h!)[] remainders, "
     "Tensor? clip_coef, Tensor? grad_scale, Tensor? found_inf, Tensor? live_scalars, float[] scalars, "
     "str kind, str variant, bool maximize, bool nesterov, bool first, bool amsgrad, bool decoupled_weight_decay, "
     "bool clip_penalty, bool regularized_path) -> ()"
@@ -42,22 +43,24 @@ _LISTS = tuple(field.name for field in fields(StepTensors))
 
 
 def launches(rule: StepRule, tensors: StepTensors) -> list[Launch]:
-    """Split by which of Ω, ω and the momentum buffer an entry has; one launch where all have the same.
+    """Split by which of Ω, ω, the remainder and the momentum buffer an entry has; one launch where all have the same.
 
     Missing momentum buffers are allocated here and put into ``tensors``, in the layout of their parameter.
     """
-    gaps = (tensors.momentum_buffers, tensors.importances, tensors.path_integrals)
+    gaps = (tensors.momentum_buffers, tensors.importances, tensors.path_integrals, tensors.remainders)
     if not any(entry is None for entries in gaps for entry in entries):
         return [Launch(tensors, False)]
     fresh = [buffer is None for buffer in tensors.momentum_buffers]
     for i, new in enumerate(fresh):
         if new:
-            tensors.momentum_buffers[i] = torch.zeros_like(tensors.params[i], requires_grad=False)
+            dtype = moment_dtype(tensors.params[i].dtype, rule.state_dtype)
+            tensors.momentum_buffers[i] = torch.zeros_like(tensors.params[i], dtype=dtype, requires_grad=False)
     patterns = list(
         zip(
             fresh or [False] * len(tensors.params),
             [entry is not None for entry in tensors.importances] or [False] * len(tensors.params),
             [entry is not None for entry in tensors.path_integrals] or [False] * len(tensors.params),
+            [entry is not None for entry in tensors.remainders] or [False] * len(tensors.params),
             strict=True,
         )
     )
@@ -68,8 +71,9 @@ def launches(rule: StepRule, tensors: StepTensors) -> list[Launch]:
 def _subset(
     tensors: StepTensors, patterns: Sequence[tuple[bool, ...]], pattern: tuple[bool, ...], whole: bool
 ) -> StepTensors:
-    _, held, tracked = pattern
+    _, held, tracked, split = pattern
     absent = ([] if held else ["importances", "anchors"]) + ([] if tracked else ["path_integrals"])
+    absent += [] if split else ["remainders"]
     lists = {}
     for name in _LISTS:
         entries = [] if name in absent else getattr(tensors, name)

@@ -9,6 +9,7 @@ a step with Ω = 0 has the bits of a step without a penalty.
 from __future__ import annotations
 
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,7 +20,19 @@ from torch import Tensor
 from fastewc.ops import _multi_tensor as multi
 from fastewc.ops import _tiles
 from fastewc.ops._parts import Dtypes, Part, parts
-from fastewc.ops._tiles import NARROW, aligned, locate, number, pointer, read, read_importance, scalar, write
+from fastewc.ops._tiles import (
+    NARROW,
+    aligned,
+    locate,
+    number,
+    pointer,
+    read,
+    read_importance,
+    read_whole,
+    scalar,
+    write,
+    write_halves,
+)
 from fastewc.ops.ewc_penalty.triton import (
     divide,
     held_back,
@@ -34,11 +47,11 @@ from fastewc.ops.ewc_step.schema import SCALARS, launches, scalars_of
 
 COLUMNS = (
     "params", "grads", "momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "importances", "anchors",
-    "path_integrals", "steps", "scales",
+    "remainders", "path_integrals", "steps", "scales",
 )  # fmt: skip
 # Their rows in the table.
-PARAMS, GRADS, BUFFERS, EXP_AVGS, EXP_AVG_SQS, MAX_EXP_AVG_SQS, IMPORTANCES, ANCHORS, PATHS = map(
-    tl.constexpr, range(1, 10)
+PARAMS, GRADS, BUFFERS, EXP_AVGS, EXP_AVG_SQS, MAX_EXP_AVG_SQS, IMPORTANCES, ANCHORS, REMAINDERS, PATHS = map(
+    tl.constexpr, range(1, 11)
 )
 SCALES = tl.constexpr(1 + COLUMNS.index("scales"))
 
@@ -71,6 +84,7 @@ def _step_tile(
     KIND: tl.constexpr,
     HELD: tl.constexpr,
     TRACKED: tl.constexpr,
+    SPLIT: tl.constexpr,
     OP: tl.constexpr,
     EXACT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -78,14 +92,18 @@ def _step_tile(
 ) -> None:
     """The statements of ``reference.ewc_step``, in their order, on elements at … at + left."""
     (
-        param_ptr, grad_ptr, buffer_ptr, m_ptr, v_ptr, largest_ptr, omega_ptr, anchor_ptr, path_ptr, scales_ptr, begin,
+        param_ptr, grad_ptr, buffer_ptr, m_ptr, v_ptr, largest_ptr, omega_ptr, anchor_ptr, low_ptr, path_ptr,
+        scales_ptr, begin,
     ) = ptrs  # fmt: skip
     (
         lr, pull_lr, ewc_lambda, s_of_omega, unscale, gain, pull_kappa, coupled, shrink, momentum, undamped, eps,
         beta2, new1, new2, step_size, root2, first, nesterov, regularized, rounded,
     ) = scalars  # fmt: skip
     # All loads before the first store: none of them can move up past it.
-    w = read(param_ptr, at, left, OP, WIDTH, VECTOR)
+    if SPLIT:
+        w = read_whole(param_ptr, low_ptr, at, left, WIDTH, VECTOR)
+    else:
+        w = read(param_ptr, at, left, OP, WIDTH, VECTOR)
     grad = read(grad_ptr, at, left, OP, WIDTH, VECTOR)
     if HELD != "free":
         omega = read_importance(omega_ptr, scales_ptr, begin, at, left, OP, WIDTH, VECTOR)
@@ -126,13 +144,16 @@ def _step_tile(
         w_new = held_back(w_new, anchor, s_of_omega * omega, EXACT)
     elif HELD == "wva":
         w_new = held_back(w_new, w, s_of_omega * omega, EXACT)
-    stored = w_new.to(param_ptr.dtype.element_ty)
+    stored = w_new if SPLIT else w_new.to(param_ptr.dtype.element_ty)
     if TRACKED:
-        if stored.dtype == tl.float32:  # it may stand in for a 16-bit parameter
+        if stored.dtype == tl.float32 and not SPLIT:  # it may stand in for a 16-bit parameter
             stored = tl.where(rounded == 1, stored.to(tl.bfloat16).to(tl.float32), stored)
             stored = tl.where(rounded == 2, stored.to(tl.float16).to(tl.float32), stored)
         write(path_ptr, at, left, path - g_path * (stored.to(OP) - w), WIDTH, VECTOR)
-    write(param_ptr, at, left, stored, WIDTH, VECTOR)
+    if SPLIT:
+        write_halves(param_ptr, low_ptr, at, left, stored, WIDTH, VECTOR)
+    else:
+        write(param_ptr, at, left, stored, WIDTH, VECTOR)
 
 
 @triton.jit(do_not_specialize=_VARYING)  # type: ignore[untyped-decorator]
@@ -165,7 +186,10 @@ def _step(
     KIND: tl.constexpr,
     HELD: tl.constexpr,
     TRACKED: tl.constexpr,
+    SPLIT: tl.constexpr,
     PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    MOMENT: tl.constexpr,
     ANCHOR: tl.constexpr,
     OMEGA: tl.constexpr,
     OP: tl.constexpr,
@@ -177,13 +201,14 @@ def _step(
     count = tl.where(scalar(found_inf, 0.0, tl.float32) != 0, 0, count)
     ptrs = (
         pointer(table_ptr, n, row, begin, PARAMS, PARAM),
-        pointer(table_ptr, n, row, begin, GRADS, PARAM),
-        pointer(table_ptr, n, row, begin, BUFFERS, PARAM),
-        pointer(table_ptr, n, row, begin, EXP_AVGS, PARAM),
-        pointer(table_ptr, n, row, begin, EXP_AVG_SQS, PARAM),
-        pointer(table_ptr, n, row, begin, MAX_EXP_AVG_SQS, PARAM),
+        pointer(table_ptr, n, row, begin, GRADS, GRAD),
+        pointer(table_ptr, n, row, begin, BUFFERS, MOMENT),
+        pointer(table_ptr, n, row, begin, EXP_AVGS, MOMENT),
+        pointer(table_ptr, n, row, begin, EXP_AVG_SQS, MOMENT),
+        pointer(table_ptr, n, row, begin, MAX_EXP_AVG_SQS, MOMENT),
         pointer(table_ptr, n, row, begin, IMPORTANCES, OMEGA),
         pointer(table_ptr, n, row, begin, ANCHORS, ANCHOR),
+        pointer(table_ptr, n, row, begin, REMAINDERS, tl.int16),
         pointer(table_ptr, n, row, begin, PATHS, OP),
         pointer(table_ptr, n, row, 0, SCALES, tl.float32),
         begin,
@@ -225,15 +250,15 @@ def _step(
     for at in range(0, count, BLOCK):
         left = tl.minimum(count - at, BLOCK)
         whole = tl.where(vectors, left, 0) // 16 * 16
-        _step_tile(ptrs, scalars, at, whole, KIND, HELD, TRACKED, OP, EXACT, BLOCK, True)
+        _step_tile(ptrs, scalars, at, whole, KIND, HELD, TRACKED, SPLIT, OP, EXACT, BLOCK, True)
         for rest in range(at + whole, at + left, NARROW):
-            _step_tile(ptrs, scalars, rest, at + left - rest, KIND, HELD, TRACKED, OP, EXACT, NARROW, False)
+            _step_tile(ptrs, scalars, rest, at + left - rest, KIND, HELD, TRACKED, SPLIT, OP, EXACT, NARROW, False)
 
 
 _FRESH = (COLUMNS.index("grads"),)
 _OMEGAS, _SCALES = COLUMNS.index("importances"), COLUMNS.index("scales")
 _WRITTEN = tuple(name not in ("grads", "importances", "anchors", "scales") for name in COLUMNS)
-_LIKE_PARAMS = ("params", "grads", "momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
+_MOMENTS = ("momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
 #: How a float32 tensor that stands in for a 16-bit parameter is rounded before E7 looks at it.
 _ROUNDED: dict[torch.dtype | None, int] = {torch.bfloat16: 1, torch.float16: 2}
 
@@ -246,28 +271,38 @@ def specialisation(
     param: torch.dtype,
     anchor: torch.dtype,
     omega: torch.dtype | None = None,
+    grad: torch.dtype | None = None,
+    moment: torch.dtype | None = None,
+    split: bool = False,
 ) -> dict[str, Any]:
     """The compile-time arguments of a launch; two calls that give the same ones run the same kernel.
 
     float32 results are rounded to nearest after every operation. Of 16-bit ones the storage hides 2 ulp of float32,
-    so quotients and roots take the fast instructions.
+    so quotients and roots take the fast instructions. ``grad`` and ``moment`` are the parameter's unless given.
     """
     op = op_dtype(param)
     kinds = {"sgd": "momentum" if rule.momentum != 0 else "sgd", "adam": "amsgrad" if rule.amsgrad else "adam"}
     ways = {"plain": "pulled", "stabilized": "pulled", "proximal": "proximal", "wva": "wva"}
     read_anchor = anchor if held and rule.variant != "wva" else param
-    omega = omega or op
-    narrowest = min(param, read_anchor, *([omega] if held else []), key=lambda dtype: dtype.itemsize)
+    omega, grad = omega or op, grad or param
+    kind = kinds[rule.kind]
+    moment = param if moment is None or kind == "sgd" else moment
+    size = attrgetter("itemsize")
+    narrowest = min(param, read_anchor, *([omega] if held else []), key=size)
+    widest = max(param, moment, op if tracked else param, key=size)
     return {
-        "KIND": kinds[rule.kind],
+        "KIND": kind,
         "HELD": ways[rule.variant] if held else "free",
         "TRACKED": tracked,
+        "SPLIT": split,
         "PARAM": _tiles.ELEMENTS[param],
+        "GRAD": _tiles.ELEMENTS[grad],
+        "MOMENT": _tiles.ELEMENTS[moment],
         "ANCHOR": _tiles.ELEMENTS[read_anchor],
         "OMEGA": _tiles.ELEMENTS[omega],
         "OP": _tiles.ELEMENTS[op],
-        "EXACT": op == param,
-        "BLOCK": _tiles.tile_width(op, narrowest, written=op if tracked else param),
+        "EXACT": split or op == param,
+        "BLOCK": _tiles.tile_width(op, narrowest, written=widest),
     }
 
 
@@ -298,27 +333,38 @@ def ewc_step(
 def _kernel_dtypes(own: Dtypes) -> Dtypes:
     """What the kernel takes: moments and gradients like the parameter, Ω and ω like the arithmetic.
 
-    Where moments or gradients have a dtype of their own, all of them go through tensors of the arithmetic's.
+    Moments of bfloat16 parameters may be float32, and with remainders their gradients too. Where moments or gradients
+    have another dtype of their own, all of them go through tensors of the arithmetic's, and so do parameters without
+    remainders.
     """
     kinds = dict(zip(COLUMNS, own, strict=True))
-    param = kinds["params"]
-    alike = {kinds[name] for name in _LIKE_PARAMS} <= {param, None}
-    stored = param if alike else op_dtype(param)
+    param, grad, split = kinds["params"], kinds["grads"], kinds["remainders"] is not None
+    moments = {kinds[name] for name in _MOMENTS} - {None}
+    wide = param == torch.bfloat16 and moments == {torch.float32}
+    alike = grad == param and (moments <= {param} or wide)
+    stored = param if alike or split else op_dtype(param)
+    if not alike:
+        grad = moment = op_dtype(param)
+    else:
+        moment = torch.float32 if wide else param
     step = torch.float64 if kinds["steps"] == torch.float64 else torch.float32
     omega = stored_importance(stored, kinds["importances"])
     others = {"importances": omega, "path_integrals": op_dtype(param), "steps": step, "scales": torch.float32}
     if kinds["anchors"] is not None:
         others["anchors"] = stored_anchor(stored, kinds["anchors"])
-    wanted = dict.fromkeys(_LIKE_PARAMS, stored) | others
+    wanted = {"params": stored, "grads": grad, "remainders": torch.int16} | dict.fromkeys(_MOMENTS, moment) | others
     return tuple(kind and wanted[name] for name, kind in kinds.items())
 
 
 def _launch(rule: StepRule, first: bool, part: Part, numbers: list[float], scalars: tuple[Tensor | None, ...]) -> None:
     """What is compiled in is what ``specialisation`` says; everything else may change from step to step."""
-    names = ("params", "anchors", "steps", "importances")
-    param, anchor, step, omega = (part.dtypes[COLUMNS.index(name)] for name in names)
-    held, tracked = anchor is not None, part.dtypes[COLUMNS.index("path_integrals")] is not None
-    constants = specialisation(rule, held=held, tracked=tracked, param=param, anchor=anchor or param, omega=omega)
+    kinds = dict(zip(COLUMNS, part.dtypes, strict=True))
+    param, anchor, step = kinds["params"], kinds["anchors"], kinds["steps"]
+    constants = specialisation(
+        rule, held=anchor is not None, tracked=kinds["path_integrals"] is not None, param=param, anchor=anchor or param,
+        omega=kinds["importances"], grad=kinds["grads"], moment=kinds["momentum_buffers"] or kinds["exp_avgs"],
+        split=kinds["remainders"] is not None,
+    )  # fmt: skip
     table = multi.table("ewc_step", part, constants["BLOCK"], scratch=_corrections)
     options = _tiles.options(op_dtype(param))
     live, *others = map(multi.address, scalars)
