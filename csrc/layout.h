@@ -9,6 +9,11 @@
 
 namespace fastewc {
 
+inline bool same_shape(const Tensor& a, const Tensor& b) { // torch 2.11 has no == for sizes
+  const auto x = a.sizes(), y = b.sizes();
+  return std::equal(x.begin(), x.end(), y.begin(), y.end());
+}
+
 inline bool same_strides(const Tensor& a, const Tensor& b) {
   const auto x = a.strides(), y = b.strides(), sizes = a.sizes();
   for (int64_t d = 0; d < a.dim(); ++d) {

@@ -208,7 +208,7 @@ class Streams {
   void check(const Tensor& t) const {
     STD_TORCH_CHECK(t.is_cpu(), op_, ": wanted CPU tensors, given one of device index ", t.get_device_index());
     STD_TORCH_CHECK(
-        t.sizes() == lead_->sizes(), op_, ": wanted a tensor of its parameter's shape ", shape_of(*lead_), ", given ",
+        same_shape(t, *lead_), op_, ": wanted a tensor of its parameter's shape ", shape_of(*lead_), ", given ",
         shape_of(t));
   }
 

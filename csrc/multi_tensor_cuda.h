@@ -26,7 +26,7 @@ class Place {
     STD_CUDA_CHECK(cudaSetDevice(device_)); // for this library's own, static runtime
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device_));
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
@@ -102,7 +102,7 @@ inline Tensor empty_as(const Tensor& t, ScalarType dtype) {
   const std::nullopt_t none = std::nullopt;
   const std::optional<ScalarType> wanted = dtype;
   StableIValue stack[] = {from(t), from(wanted), from(none), from(none), from(none), from(none)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -117,7 +117,7 @@ inline ScalarType dtype_of(const char* op, const Tensor& t) {
       {aoti_torch_dtype_uint8(), ScalarType::Byte}, // codes
       {aoti_torch_dtype_int16(), ScalarType::Short}}; // remainders
   int32_t number = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
   for (const auto& [own, dtype] : known) {
     if (own == number) {
       return dtype;
@@ -195,7 +195,7 @@ class Streams {
     STD_TORCH_CHECK(is_dense(t), op_, ": wanted codes that fill their memory, given ones with gaps");
     const auto* codes = static_cast<const uint8_t*>(t.const_data_ptr());
     segment.scales = static_cast<const float*>(scales.const_data_ptr());
-    if (t.sizes() == layout_.sizes() && same_strides(t, layout_)) {
+    if (same_shape(t, layout_) && same_strides(t, layout_)) {
       return segment.put(list, const_cast<uint8_t*>(codes), ScalarType::Byte);
     }
     copies_.push_back(empty_as(t, ScalarType::Float)); // blocks are those of the memory of the codes
@@ -236,7 +236,7 @@ class Streams {
   void put_as(S& segment, int list, const Tensor& t, ScalarType own, ScalarType dtype, bool written) {
     STD_TORCH_CHECK(place_.has(t), op_, ": wanted all tensors on the device of the first parameter");
     STD_TORCH_CHECK(
-        t.sizes() == layout_.sizes(), op_, ": wanted a tensor of its parameter's shape ", shape_of(layout_), ", given ",
+        same_shape(t, layout_), op_, ": wanted a tensor of its parameter's shape ", shape_of(layout_), ", given ",
         shape_of(t));
     if (own == dtype && same_strides(t, layout_)) {
       segment.put(list, written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()), dtype);
