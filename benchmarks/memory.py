@@ -85,6 +85,9 @@ def _configurations() -> list[Configuration]:
         found.append(Configuration(how="attach", ewc={"variant": "wva", **kept}))
     found.append(Configuration(how="none", dtype=torch.bfloat16))
     found += [Configuration(ewc=kept, dtype=torch.bfloat16) for kept in ({}, BFLOAT16, SMALLEST)]
+    for moments in ({}, {"state_dtype": torch.bfloat16}):
+        halves = {"master_weights": True, **moments}
+        found += [Configuration(ewc=kept, arguments=halves, dtype=torch.bfloat16) for kept in ({}, SMALLEST)]
     found += [Configuration(how=how, ewc={**SMALLEST, "offload": True}) for how in ("fused", "attach", "penalty")]
     return found
 
