@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastewc import mas_importance
-from tests.per_sample.checking import Lambda, assert_exact, assert_importance, naive, paths, scales_of, weight
+from tests.per_sample.checking import assert_importance, naive, paths, scales_of
 from tests.per_sample.test_zoo import VOCABULARY, images, pretrained, randomised, scales, tokens
 
 resnet = pytest.importorskip("torchvision.models.resnet", reason="needs torchvision, which is not installed")
@@ -167,20 +167,3 @@ def test_buffers(case):
         buffer, content = before[name]
         assert buffer is now
         assert torch.equal(content, now)
-
-
-#: What a forward may make of a weight that autograd then takes as a constant.
-CONSTANTS = {
-    "arithmetic": torch.no_grad()(lambda w: w.abs()),
-    "a sum": torch.no_grad()(lambda w: w.sum()),
-    "a view": torch.no_grad()(lambda w: w.view(2, 2).flatten()),
-    "of the last weight": torch.no_grad()(lambda w: w[-1:] * 2),
-    "detach": lambda w: w.detach().abs(),
-    "data": lambda w: w.data.abs(),
-}
-
-
-@pytest.mark.parametrize("name", CONSTANTS)
-def test_a_constant_made_of_a_parameter(name):
-    model = Lambda(lambda m, x: x * CONSTANTS[name](m.w) + m.w, w=weight(4)).double().eval()
-    assert_exact(model, torch.randn(N, 4, dtype=torch.float64))
