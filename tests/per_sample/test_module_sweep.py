@@ -19,7 +19,7 @@ REFUSED = {f"nn.BatchNorm{d}d": {"not_tracking_stats": "uses the statistics of t
 #: Inputs without samples.
 SKIPPED = {"nn.PReLU": {"the input is one number"}, "nn.LinearCrossEntropyLoss": {"one number for the whole batch"}}
 #: Modules whose parameters take "batch-1" today. May only get fewer.
-BY_SAMPLE = {"nn.LSTMCell", "nn.RNN", "nn.GRU", "nn.LSTM"}
+BY_SAMPLE: set[str] = set()
 MOST_REFUSED = 0.05
 
 
