@@ -70,7 +70,7 @@ class PerSampleSums(Interception):
         self._leaves: list[Tensor] = []  # of the gates
         self._made: dict[str, int] = {}  # taps, by parameter
         self._waiting: dict[str, list[tuple[Operand, Segment]]] = {}
-        self._walked = self._at_end = self._reran = False
+        self._walked = self._at_end = self._reran = self._in_backward = False
         self._slots: Slots | None = None
         self._apart: dict[tuple[Any, ...], bool] = {}
 
@@ -137,7 +137,7 @@ class PerSampleSums(Interception):
                 self.terms += 1
                 if not term.value.requires_grad:
                     continue
-                self.reached = True
+                self.reached = self._in_backward = True
                 try:
                     self._backward(term, slots)
                 except Unforeseen as error:  # too late to begin anew: something has been added
@@ -145,6 +145,8 @@ class PerSampleSums(Interception):
                         "a checkpoint computes in backward what the forward did not. Use impl='reference', which takes "
                         "every sample by itself"
                     ) from error
+                finally:
+                    self._in_backward = False
 
     def _stand_ins(self, catcher: Interception) -> Slots:
         proxies: dict[int, Slot] = {}
@@ -201,6 +203,8 @@ class PerSampleSums(Interception):
     def decide(self, key: Key, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """As planned; a batched call gets a tap on its result."""
         assert self._plan is not None
+        if not torch.is_grad_enabled():  # autograd sees constants; a checkpoint runs it anew in backward
+            return self.plainly(func, args, kwargs)
         decision = self._plan.decisions.get(key)
         if decision == "derived":
             if any(_of_samples(tensor) for tensor in tensors_in((args, kwargs))):
@@ -265,6 +269,10 @@ class PerSampleSums(Interception):
         kept = [(use.operand, use.segment, own) for use, own in zip(uses, places, strict=True)]  # not what they save
 
         def arrive(g: Tensor, *tensors: Tensor) -> None:
+            if not self._in_backward:
+                for name in names:
+                    self.give_up(name, "the forward itself differentiates what it was used in")
+                return
             for operand, make, own in kept:
                 segment = make(g, *(tensors[i] for i in own))
                 for name in operand.names:

@@ -47,6 +47,8 @@ FILLS = frozenset(
 #: Functions whose result is a constant to autograd.
 CONSTANTS = frozenset({"detach", "data", "numpy", "item", "tolist"})
 
+COMPLEX = "complex numbers were made of it"
+
 #: Products of a tensor with a matrix.
 _FOLDING = frozenset({F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__})
 
@@ -92,6 +94,14 @@ class Interception:
 
     def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The function's result."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap, grad: tensors there hide the samples
+            return self.escape(func, args, kwargs, f"{name_of(func)} inside a transform of torch.func")
+        if torch.is_grad_enabled() and any(proxy.operand.constant for proxy in found_proxies((args, kwargs))):
+            args, kwargs = replaced(
+                (args, kwargs), lambda proxy: proxy.operand.plain if proxy.operand.constant else proxy
+            )
+            if not found_proxies((args, kwargs)):
+                return func(*args, **kwargs)
         inside = opened(func) or unrolled(func, args)
         if inside is not None:
             return inside(*args, **kwargs)
@@ -113,9 +123,8 @@ class Interception:
         """A function that writes: what it is given is repeated for the samples first, so that torch can do the rest."""
         why = f"{name_of(func)} writes into a tensor"
         target = args[0]
-        alone = isinstance(target, Proxy) and not tensors_in((args, kwargs))
-        if alone and target.operand.made and torch.is_grad_enabled():
-            self.rewritten(target.operand)
+        if isinstance(target, Proxy) and target.operand.made and torch.is_grad_enabled():
+            self.rewritten(target.operand, alone=not tensors_in((args, kwargs)))
             with torch.enable_grad():  # the write becomes a part of how it was made
                 func(*_values(args), **_values(kwargs))
             return target
@@ -127,8 +136,8 @@ class Interception:
             return self.escape(func, args, kwargs, why)
         return func(*args, **kwargs)
 
-    def rewritten(self, operand: Operand) -> None:
-        """The memory of something made of parameters is about to change."""
+    def rewritten(self, operand: Operand, *, alone: bool) -> None:
+        """The memory of something made of parameters is about to change; ``alone``: by nothing but numbers."""
 
     def spread(self, content: Any, place: Tensor) -> Any:
         """The same with every stand-in expanded to the shape of ``place``, if it broadcasts to that."""
@@ -169,6 +178,9 @@ class Interception:
         operands = [proxy.operand for proxy in found_proxies((args, kwargs))]
         with torch.enable_grad():
             result = func(*_values(args), **_values(kwargs))
+        if any(tensor.is_complex() for tensor in tensors_in(result)):
+            return self.escape(func, args, kwargs, COMPLEX)
+        constant = not torch.is_grad_enabled()  # or of a checkpoint, which will run it anew
         name = f"{name_of(func)}({', '.join(operand.key for operand in operands)})"
         if len(name) > _LONGEST:  # of what is made of itself again and again
             name = hashlib.sha256(name.encode()).hexdigest()
@@ -188,7 +200,8 @@ class Interception:
             names = tuple(dict.fromkeys(name for operand in operands for name in operand.names))
             leaves = {name: leaf for operand in operands for name, leaf in operand.leaves.items()}
             key = name if index is None else f"{name}[{index}]"
-            return Proxy.of(Operand(key, names, tensor, view, leaves, None if view is None else picked, slope), self)
+            picked = None if view is None else picked
+            return Proxy.of(Operand(key, names, tensor, view, leaves, picked, slope, constant), self)
 
         if isinstance(result, (tuple, list)):
             return type(result)(wrap(tensor, i) for i, tensor in enumerate(result))

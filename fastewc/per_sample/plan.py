@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastewc.per_sample.interception import Interception, Key, name_of
+from fastewc.per_sample.interception import COMPLEX, Interception, Key, name_of
 from fastewc.per_sample.layout import Layout, Unclear, confirmed, layout_of
 from fastewc.per_sample.picking import Picking
 from fastewc.per_sample.proxy import Operand, found_proxies, tensors_in
@@ -79,6 +79,8 @@ class Planner(Interception):
         if _counts_in_batch(func, args, kwargs):
             for operand in operands:
                 self._refuse(operand.names, "scale_grad_by_freq counts the ids of a whole batch")
+        if any(t.is_complex() for t in tensors_in(result)):
+            return self.escape(func, args, kwargs, COMPLEX)
         tensors = [t for t in tensors_in(result) if t.is_floating_point()]
         if not tensors:
             return result
@@ -94,10 +96,10 @@ class Planner(Interception):
         self._met.update((operand.value.untyped_storage().data_ptr(), operand.value) for operand in operands)
         return result
 
-    def rewritten(self, operand: Operand) -> None:
+    def rewritten(self, operand: Operand, *, alone: bool) -> None:
         """What samples have met before must stay what it was then."""
-        if operand.value.untyped_storage().data_ptr() in self._met:
-            self._refuse(operand.names, "written into after samples have met it")
+        if not alone or operand.value.untyped_storage().data_ptr() in self._met:
+            self._refuse(operand.names, "written into after samples have met it, or with another tensor")
 
     def escape(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], why: str) -> Any:
         """Not ours to follow."""
@@ -114,8 +116,9 @@ class Planner(Interception):
             twos, index = self._seen[2].get(key, []), len(self._seen[1][key]) - 1
             if index < len(twos):
                 return [t.shape for t in twos[index][0]] == [t.shape for t in results]
-        alone = not any(t.is_floating_point() for t in tensors_in((args, kwargs)))
-        most = max((proxy.numel() for proxy in found_proxies((args, kwargs))), default=0)
+        others = tensors_in((args, kwargs))
+        alone = not any(t.is_floating_point() for t in others)
+        most = 0 if others else max(proxy.numel() for proxy in found_proxies((args, kwargs)))
         return alone and all(self._samples not in t.shape or t.numel() <= most for t in results)
 
     def _settle(self) -> bool:

@@ -40,6 +40,7 @@ class Operand:
         leaves: for arithmetic, by name: the tensors that ``value``'s graph ends in.
         picked: where it came from, if it is made of rows of a table; ``view`` is then of a tensor like these rows.
         slope: of the entries by those of the parameter, where each was made of one (exp(w), 1 + w); None for 1.
+        constant: made under no_grad; what autograd records does not see where it came from.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class Operand:
         leaves: dict[str, Tensor],
         picked: Picked | None = None,
         slope: Tensor | None = None,
+        constant: bool = False,
     ) -> None:
-        self.key, self.names, self.value, self.leaves, self.slope = key, names, value, leaves, slope
+        self.key, self.names, self.value, self.leaves = key, names, value, leaves
+        self.slope, self.constant = slope, constant
         self._moved, self._version = (view, picked), value._version
 
     @property

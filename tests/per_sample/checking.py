@@ -35,6 +35,15 @@ def ids(high, *shape):
     return lambda: torch.randint(0, high, shape)
 
 
+def with_statistics(model):
+    """The model with running statistics as after training."""
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
 def naive(model, losses, n, power=2):
     """(1/N) Σ_n Σ_k weight_k |∂loss_k/∂w|^power, losses(i) → [(weight, scalar)], one backward() each."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.per_sample.checking import Lambda, assert_exact, floats, weight
+from tests.per_sample.checking import Lambda, assert_exact, floats, weight, with_statistics
 
 GRID, LINE, CUBE = floats(5, 4, 7, 6), floats(5, 4, 9), floats(5, 4, 4, 5, 4)
 CONV = {
@@ -66,14 +66,6 @@ class Residual(nn.Module):
         out = self.norm2(self.two(out))
         out += x
         return self.relu(out)
-
-
-def with_statistics(model):
-    for module in model.modules():
-        if getattr(module, "running_mean", None) is not None:
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-    return model
 
 
 class Frames(nn.Module):

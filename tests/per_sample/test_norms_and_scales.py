@@ -6,8 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
-from tests.per_sample.checking import Lambda, assert_exact, floats, weight
-from tests.per_sample.test_conv import with_statistics
+from tests.per_sample.checking import Lambda, assert_exact, floats, weight, with_statistics
 
 ROWS, TOKENS, GRID, LINE = floats(6, 4), floats(6, 5, 4), floats(5, 4, 3, 2), floats(5, 4, 6)
 

@@ -18,7 +18,7 @@ _POINTWISE = (
     "add", "__add__", "__radd__", "sub", "subtract", "__sub__", "__rsub__", "rsub", "mul", "multiply", "__mul__",
     "__rmul__", "div", "divide", "true_divide", "__truediv__", "__rtruediv__", "__rdiv__", "pow", "__pow__", "__rpow__",
     "float_power", "addcmul", "addcdiv", "lerp", "where", "maximum", "minimum", "fmax", "fmin", "clamp", "clip",
-    "clamp_min", "clamp_max", "atan2", "hypot", "xlogy", "logaddexp", "copysign", "masked_fill",
+    "clamp_min", "clamp_max", "atan2", "hypot", "xlogy", "logaddexp", "copysign",
 )  # fmt: skip
 
 
@@ -33,6 +33,17 @@ def _named(*names: str) -> Iterator[Callable[..., Any]]:
 def elementwise(call: Call) -> list[Use] | None:
     """Any function of numbers."""
     return pointwise(call)
+
+
+@rule(torch.masked_fill, Tensor.masked_fill)
+def masked_fill(call: Call) -> list[Use] | None:
+    """x, or a number where the mask is True; torch takes no value but a scalar, so it cannot be expanded."""
+    x, mask, value = call.bound("input", "mask", "value")
+    if not is_proxy(value):
+        return pointwise(call)
+    if is_proxy(x):
+        return None
+    return [Use(value.operand, (mask,), lambda g, mask: Scale(call.split(g.masked_fill(~mask, 0)), ()))]
 
 
 @rule(torch.prelu, Tensor.prelu)
