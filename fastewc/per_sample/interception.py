@@ -50,7 +50,7 @@ CONSTANTS = frozenset({"detach", "data", "numpy", "item", "tolist"})
 COMPLEX = "complex numbers were made of it"
 
 #: Products of a tensor with a matrix.
-_FOLDING = frozenset({F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__})
+_FOLDING = frozenset({F.linear, torch.matmul, Tensor.matmul})
 
 Key = tuple[Any, ...]
 _LONGEST = 500
@@ -125,8 +125,7 @@ class Interception:
         target = args[0]
         if isinstance(target, Proxy) and target.operand.made and torch.is_grad_enabled():
             self.rewritten(target.operand, alone=not tensors_in((args, kwargs)))
-            with torch.enable_grad():  # the write becomes a part of how it was made
-                func(*_values(args), **_values(kwargs))
+            func(*_values(args), **_values(kwargs))  # becomes a part of how it was made
             return target
         if isinstance(target, Proxy) or name_of(func) not in FILLS or kwargs.get("out") is not None:
             return self.escape(func, args, kwargs, why)

@@ -15,8 +15,8 @@ from fastewc.per_sample.rules.rerun import pointwise
 from fastewc.per_sample.segments import Scale, Segment
 
 _POINTWISE = (
-    "add", "__add__", "__radd__", "sub", "subtract", "__sub__", "__rsub__", "rsub", "mul", "multiply", "__mul__",
-    "__rmul__", "div", "divide", "true_divide", "__truediv__", "__rtruediv__", "__rdiv__", "pow", "__pow__", "__rpow__",
+    "add", "sub", "subtract", "__rsub__", "rsub", "mul", "multiply", "div", "divide", "true_divide", "__rtruediv__",
+    "__rdiv__", "pow", "__pow__", "__rpow__",
     "float_power", "addcmul", "addcdiv", "lerp", "where", "maximum", "minimum", "fmax", "fmin", "clamp", "clip",
     "clamp_min", "clamp_max", "atan2", "hypot", "xlogy", "logaddexp", "copysign",
 )  # fmt: skip
@@ -70,14 +70,14 @@ def _two(call: Call) -> tuple[Any, Any] | None:
     return None if is_proxy(left) and is_proxy(right) else (left, right)
 
 
-@rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+@rule(torch.add, Tensor.add)
 def add(call: Call) -> list[Use] | None:
     """Y = x + w: nothing has to be kept."""
     operands = _two(call)
     return pointwise(call) if operands is None else [added(call, one.operand) for one in operands if is_proxy(one)]
 
 
-@rule(torch.sub, Tensor.sub, Tensor.__sub__)
+@rule(torch.sub, Tensor.sub)
 def sub(call: Call) -> list[Use] | None:
     """Y = x − w, or w − x; the sign of a gradient does not matter where its power is taken, but in a sum it does."""
     operands = _two(call)
@@ -87,7 +87,7 @@ def sub(call: Call) -> list[Use] | None:
     return [added(call, left.operand)] if is_proxy(left) else [added(call, right.operand, -1.0)]
 
 
-@rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+@rule(torch.mul, Tensor.mul)
 def mul(call: Call) -> list[Use] | None:
     """Y = x · w."""
     operands = _two(call)

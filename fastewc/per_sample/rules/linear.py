@@ -52,7 +52,7 @@ def linear(call: Call) -> list[Use] | None:
     return _all(uses)
 
 
-@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm)
+@rule(torch.matmul, Tensor.matmul, Tensor.__rmatmul__, torch.mm, Tensor.mm)
 def matmul(call: Call) -> list[Use] | None:
     """Y = x W, or y = W x: then the columns of x are the positions."""
     left, right = call.bound("input", "other") if len(call.args) == 2 else (None, None)
