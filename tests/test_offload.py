@@ -210,6 +210,19 @@ def test_triton_in_the_interpreter():
     interpreter.run(f"{__file__}::test_triton_steps")
 
 
+@pytest.mark.parametrize("step", ["momentum", "adam"])
+def test_halves_and_wide_moments_of_bfloat16_weights(step, forced):
+    name, arguments = STEPS[step]
+    pair = twins(Odd().bfloat16(), anchor_dtype=torch.float32)
+    opts = [getattr(ours, name)(e.model.parameters(), ewc=e, master_weights=True, **arguments) for e in pair]
+    for k in range(3):
+        for ewc, opt in zip(pair, opts, strict=True):
+            give_grads(ewc.model, k)
+            opt.step()
+    assert_bits(*pair, *opts)
+    assert forced[0].cut > 3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_other_dtypes_of_weights_and_scaled_gradients(dtype, variant, forced):

@@ -25,8 +25,8 @@ class AdamStep(ProtectedOptimizer):
         return missing or super().lacks_state(group, p)
 
     def _collect_state(self, group: dict[str, Any], p: Tensor, tensors: StepTensors) -> None:
-        state, dtype = self.state[p], moment_dtype(p.dtype, self.state_dtype)
-        zeros = partial(torch.zeros_like, p, dtype=dtype, memory_format=torch.preserve_format)
+        state, kept = self.state[p], moment_dtype(p.dtype, self.state_dtype)
+        zeros = partial(torch.zeros_like, p, dtype=kept, memory_format=torch.preserve_format)
         # Kernels on a GPU advance the counter themselves, so that the step waits for nothing.
         by_kernel = p.device.type != "cpu" and self.choose(group, p.device) != "reference"
         on_device = group["capturable"] or group["fused"] or by_kernel

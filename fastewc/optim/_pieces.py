@@ -51,7 +51,7 @@ def _take_buffer(tensors: StepTensors, part: Part, buffer: Tensor, parts: dict[i
     """A momentum buffer that the op has made: the parts of one are put together, and it is there after the last."""
     if not part.whole:
         if part.row not in parts:
-            parts[part.row] = torch.empty_like(tensors.params[part.row], requires_grad=False)
+            parts[part.row] = torch.empty_like(tensors.params[part.row], dtype=buffer.dtype, requires_grad=False)
         part.of(parts[part.row]).copy_(buffer)
         buffer = parts[part.row]
     if _is_last(tensors, part):
