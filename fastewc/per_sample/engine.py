@@ -311,12 +311,8 @@ class PerSampleSums(Interception):
             return
         waiting = [_upright(*_of_table(*one), total) for one in waiting]
         groups: dict[tuple[Any, ...], list[tuple[Operand, Segment]]] = {}
-        slopes: list[Tensor | None] = [None]
         for operand, segment in waiting:
-            if not any(operand.slope is slope for slope in slopes):
-                slopes.append(operand.slope)
-            place = next(i for i, slope in enumerate(slopes) if operand.slope is slope)
-            groups.setdefault(_region(operand, total, place), []).append((operand, segment))
+            groups.setdefault(_region(operand, total), []).append((operand, segment))
         if () in groups or not self._disjoint(total, groups):
             add_explicitly(total, [_whole_gradients(name, total, *one) for one in waiting], self._power)
             return
@@ -352,7 +348,7 @@ class PerSampleSums(Interception):
         """True if no entry of the parameter is in two of its parts."""
         if len(groups) == 1:
             return True
-        key = (tuple(total.shape), *sorted(map(repr, groups)))
+        key = (tuple(total.shape), *sorted(repr(where) for *where, _ in groups))  # without the slope
         if key not in self._apart:
             counts = torch.zeros_like(total, dtype=torch.int32)
             for members in groups.values():
@@ -384,12 +380,12 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _region(operand: Operand, total: Tensor, slope: int) -> tuple[Any, ...]:
+def _region(operand: Operand, total: Tensor) -> tuple[Any, ...]:
     """Which part of the parameter it is, with the order of its entries and their slope; () if arithmetic made it."""
     if operand.view is None:
         return ()
     part = operand.view(total)
-    return (part.storage_offset(), tuple(part.shape), part.stride(), slope)
+    return (part.storage_offset(), tuple(part.shape), part.stride(), id(operand.slope))
 
 
 def _of_table(operand: Operand, segment: Segment) -> tuple[Operand, Segment]:

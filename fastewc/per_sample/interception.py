@@ -96,12 +96,6 @@ class Interception:
         """The function's result."""
         if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap, grad: tensors there hide the samples
             return self.escape(func, args, kwargs, f"{name_of(func)} inside a transform of torch.func")
-        if torch.is_grad_enabled() and any(proxy.operand.constant for proxy in found_proxies((args, kwargs))):
-            args, kwargs = replaced(
-                (args, kwargs), lambda proxy: proxy.operand.plain if proxy.operand.constant else proxy
-            )
-            if not found_proxies((args, kwargs)):
-                return func(*args, **kwargs)
         inside = opened(func) or unrolled(func, args)
         if inside is not None:
             return inside(*args, **kwargs)
@@ -190,16 +184,10 @@ class Interception:
                 return tensor
             view, picked, slope = None, None, None
             if moves:
-                view, slope = _moved(operands[0], func, args, kwargs, tensor, index)
-                picked = operands[0].picked
-            if moves and view is None and (slope := _slope(operands[0], func, args, kwargs, tensor)) is not None:
-                view = operands[0].view
-            elif moves and view is None and (picked := _picked(operands[0], func, args, kwargs, tensor)) is not None:
-                view = _itself
+                view, picked, slope = _entries(operands[0], func, args, kwargs, tensor, index)
             names = tuple(dict.fromkeys(name for operand in operands for name in operand.names))
             leaves = {name: leaf for operand in operands for name, leaf in operand.leaves.items()}
             key = name if index is None else f"{name}[{index}]"
-            picked = None if view is None else picked
             return Proxy.of(Operand(key, names, tensor, view, leaves, picked, slope, constant), self)
 
         if isinstance(result, (tuple, list)):
@@ -215,34 +203,51 @@ def _values(content: Any) -> Any:
     return replaced(content, lambda proxy: proxy.operand.value)
 
 
-def _moved(
+def _entries(
     source: Operand, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Tensor,
     index: int | None,
-) -> tuple[Callable[[Tensor], Tensor] | None, Tensor | None]:  # fmt: skip
-    """How to find the result's entries in a tensor of the parameter's shape, None if they are not there; slope."""
+) -> tuple[Callable[[Tensor], Tensor] | None, Picked | None, Tensor | None]:  # fmt: skip
+    """View, picked and slope of a result, see :class:`Operand`; no view if arithmetic mixed the entries."""
     before = source.view
     if before is None:
-        return None, None
+        return None, None, None
+    move = _move(source, func, args, kwargs, result, index)
+    if move is _itself:
+        return before, source.picked, source.slope
+    if move is not None:
+        return lambda whole: move(before(whole)), source.picked, None if source.slope is None else move(source.slope)
+    slope = _slope(source, func, args, kwargs, result)
+    if slope is not None:
+        return before, None, slope
+    picked = _picked(source, func, args, kwargs, result)
+    return None if picked is None else _itself, picked, None
+
+
+def _move(
+    source: Operand, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Tensor,
+    index: int | None,
+) -> Callable[[Tensor], Tensor] | None:  # fmt: skip
+    """Takes the result's entries out of a tensor like the source; None if they are not simply there."""
     name = name_of(func)
     if name in CASTS:
-        return before, source.slope
+        return _itself
     shared = result.untyped_storage().data_ptr() == source.value.untyped_storage().data_ptr()
     if name not in MOVES or (source.value.numel() and not shared):
-        return None, None
+        return None
 
     def move(before: Tensor) -> Tensor:
         found = func(before, *args[1:], **kwargs)
         part: Tensor = found if index is None else found[index]
         return part
 
-    return lambda whole: move(before(whole)), None if source.slope is None else move(source.slope)
+    return move
 
 
 def _slope(
     source: Operand, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Tensor
 ) -> Tensor | None:
     """Of a function of each entry, by the parameter's entries; None if it was something else."""
-    known = source.view is not None and source.picked is None and name_of(func).strip("_") in ELEMENTWISE
+    known = source.picked is None and name_of(func).strip("_") in ELEMENTWISE
     if not known or result.shape != source.value.shape or len(all_tensors((args, kwargs))) > 1:
         return None
     (slope,) = torch.autograd.grad(result, source.value, torch.ones_like(result), retain_graph=True)
@@ -257,7 +262,7 @@ def _picked(
     source: Operand, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Tensor
 ) -> Picked | None:
     """Rows that were taken out of a table; None if it was something else."""
-    table = source.view is not None and source.slope is None and source.picked is None and source.value.ndim == 2
+    table = source.slope is None and source.picked is None and source.value.ndim == 2
     if not table or kwargs.get("sparse_grad"):
         return None
     name, padding = name_of(func), None

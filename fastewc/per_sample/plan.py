@@ -19,7 +19,7 @@ from torch import Tensor
 from fastewc.per_sample.interception import COMPLEX, Interception, Key, name_of
 from fastewc.per_sample.layout import Layout, Unclear, confirmed, layout_of
 from fastewc.per_sample.picking import Picking
-from fastewc.per_sample.proxy import Operand, found_proxies, tensors_in
+from fastewc.per_sample.proxy import Operand, found_proxies, replaced, tensors_in
 
 Decision = Layout | Literal["derived"]
 _RUNS = 12
@@ -66,6 +66,16 @@ class Planner(Interception):
                 for name in {name for operand in key[1] for name in self._names[operand]}:
                     self.plan.uses[name] = self.plan.uses.get(name, 0) + len(calls)
         return self.plan
+
+    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The function's result; what was made under no_grad is a constant outside of it."""
+        if torch.is_grad_enabled() and any(proxy.operand.constant for proxy in found_proxies((args, kwargs))):
+            args, kwargs = replaced(
+                (args, kwargs), lambda proxy: proxy.operand.plain if proxy.operand.constant else proxy
+            )
+            if not found_proxies((args, kwargs)):
+                return func(*args, **kwargs)
+        return super().call(func, args, kwargs)
 
     def decide(self, key: Key, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run it, keep what it gave, and go on as far as is known."""

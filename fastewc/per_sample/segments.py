@@ -301,15 +301,26 @@ class Reran(Segment):
 
 
 @dataclass
-class Pulled(Segment):
-    """Of something that arithmetic made of a parameter: the gradients at it, pulled back to the parameter."""
+class Wrapped(Segment):
+    """What is made of another segment's gradients."""
 
     inner: Segment
-    value: Tensor
-    leaf: Tensor
 
     def __post_init__(self) -> None:
         self.samples = self.inner.samples
+
+    @property
+    def double(self) -> bool:
+        """By its gradients."""
+        return self.inner.double
+
+
+@dataclass
+class Pulled(Wrapped):
+    """Of something that arithmetic made of a parameter: the gradients at it, pulled back to the parameter."""
+
+    value: Tensor
+    leaf: Tensor
 
     @property
     def double(self) -> bool:
@@ -329,19 +340,10 @@ class Pulled(Segment):
 
 
 @dataclass
-class Sloped(Segment):
+class Sloped(Wrapped):
     """The gradients at a function of each entry of a parameter, as gradients of the parameter."""
 
-    inner: Segment
     slope: Tensor
-
-    def __post_init__(self) -> None:
-        self.samples = self.inner.samples
-
-    @property
-    def double(self) -> bool:
-        """By its gradients."""
-        return self.inner.double
 
     def rows(self, start: int, stop: int) -> Tensor:
         """[n, *shape]."""
@@ -349,20 +351,11 @@ class Sloped(Segment):
 
 
 @dataclass
-class Within(Segment):
+class Within(Wrapped):
     """The gradients at a part of a parameter, as gradients of all of it."""
 
-    inner: Segment
     view: Callable[[Tensor], Tensor]
     like: Tensor
-
-    def __post_init__(self) -> None:
-        self.samples = self.inner.samples
-
-    @property
-    def double(self) -> bool:
-        """By its gradients."""
-        return self.inner.double
 
     def rows(self, start: int, stop: int) -> Tensor:
         """[n, *shape of the parameter], zeros elsewhere."""
