@@ -104,7 +104,7 @@ class SampleMeasure:
         On a GPU the batch's size is the user's choice, and so is what a forward of theirs gets.
         """
         cpu = next(iter(self._parameters.values())).device.type == "cpu"
-        if not cpu or self._foreign or self._whole is None or self.by_sample(batch):
+        if not cpu or self._whole is None or self.by_sample(batch):
             return 0
         if not self._whole.planned:
             return 2  # two batches of one sample, to find out from

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastewc._dispatch import Impl
 from fastewc.per_sample.batch_one import REENTRANT, Term, empty_gradients, graph_leaves, graph_nodes
 from fastewc.per_sample.interception import Interception, Key
+from fastewc.per_sample.made import taken_back
 from fastewc.per_sample.plan import Plan, Planner
 from fastewc.per_sample.proxy import Gate, Operand, Proxy, Slot, Slots, Tap, found_proxies, tensors_in
 from fastewc.per_sample.rules import RULES, Call, Use, rerun
@@ -24,6 +25,10 @@ CACHED = 24 << 20
 JOINED = 4 << 20
 #: Samples at a time where an op is differentiated once for each of them.
 RERUN = 8
+
+
+#: A gradient that has arrived at an operand.
+Arrived = tuple[Operand, Segment]
 
 
 class Unforeseen(Exception):
@@ -69,7 +74,8 @@ class PerSampleSums(Interception):
         self._gates: dict[str, Tensor] = {}
         self._leaves: list[Tensor] = []  # of the gates
         self._made: dict[str, int] = {}  # taps, by parameter
-        self._waiting: dict[str, list[tuple[Operand, Segment]]] = {}
+        self._waiting: dict[str, list[Arrived]] = {}
+        self._back: dict[int, list[Arrived] | None] = {}  # by operand that arithmetic made, in one backward
         self._walked = self._at_end = self._reran = self._in_backward = False
         self._slots: Slots | None = None
         self._apart: dict[tuple[Any, ...], bool] = {}
@@ -154,11 +160,12 @@ class PerSampleSums(Interception):
             if name in self.given_up:
                 continue
             leaf = p.detach().requires_grad_()
-            proxies[id(p)] = proxy = Slot.of(Operand(name, (name,), leaf, _whole, {name: leaf}), catcher)
+            proxies[id(p)] = proxy = Slot.of(Operand.of(name, leaf), catcher)
             proxy.__dict__.update({k: v for k, v in p.__dict__.items() if k not in proxy.__dict__})
         return Slots(proxies, self._module, [p for p in self._parameters.values() if id(p) in proxies])
 
     def _backward(self, term: Term, slots: Slots) -> None:
+        self._back = {}
         reached: list[Tensor] = []
         if not self._walked:  # before anything is added
             nodes = list(graph_nodes(term.value))
@@ -240,12 +247,14 @@ class PerSampleSums(Interception):
         if uses is None:
             uses, self._reran = rerun(call), True
             path = ("op", f"{getattr(call.func, '__name__', call.func)} is differentiated for each sample of a batch")
-        for use in uses:
-            own = path if use.operand.view is not None else ("op", "made by arithmetic, differentiated for each sample")
-            for name in use.operand.names:
-                if name not in self.paths or own[0] == "op":
-                    self.paths[name] = own
+        for name in {name for use in uses for name in use.operand.names}:
+            self._say(name, path)
         return uses
+
+    def _say(self, name: str, path: tuple[str, str]) -> None:
+        """How a parameter's importance comes about, for the report: the slowest of its ways."""
+        if name not in self.paths or path[0] == "op":
+            self.paths[name] = path
 
     def _tapped(self, result: Tensor, uses: list[Use]) -> Tensor:
         assert self._plan is not None
@@ -304,13 +313,13 @@ class PerSampleSums(Interception):
         if not waiting or name in self.given_up:
             return
         self.used.add(name)
-        total = self.sums[name]
-        if len(waiting) == 1 and waiting[0][0].view is _whole and waiting[0][0].slope is None:
+        total, waiting = self.sums[name], self._taken_back(name, waiting)
+        if len(waiting) == 1 and waiting[0][0].whole:
             segments = [waiting[0][1]]
             self._add_kinds(total, [segments], segments)
             return
         waiting = [_upright(*_of_table(*one), total) for one in waiting]
-        groups: dict[tuple[Any, ...], list[tuple[Operand, Segment]]] = {}
+        groups: dict[tuple[Any, ...], list[Arrived]] = {}
         for operand, segment in waiting:
             groups.setdefault(_region(operand, total), []).append((operand, segment))
         if () in groups or not self._disjoint(total, groups):
@@ -329,6 +338,22 @@ class PerSampleSums(Interception):
             if slope is not None:
                 part.add_(own * powers(slope, self._power))
 
+    def _taken_back(self, name: str, waiting: list[Arrived]) -> list[Arrived]:
+        """With what arrived at something that arithmetic made as uses of the parameter itself, where that works."""
+        found = [one for one in waiting if one[0].view is not None]
+        made = dict[int, list[Arrived]]()
+        for one in waiting:
+            if one[0].view is None:
+                made.setdefault(id(one[0]), []).append(one)
+        for key, arrived in made.items():
+            if key not in self._back:  # all of its uses have come, whichever of its parameters asks first
+                self._back[key] = taken_back(arrived[0][0], [segment for _, segment in arrived])
+            back = self._back[key]
+            if back is None:
+                self._say(name, ("op", "made by arithmetic, differentiated for each sample"))
+            found += arrived if back is None else [one for one in back if name in one[0].names]
+        return found
+
     def _add_kinds(self, part: Tensor, kinds: list[list[Segment]], segments: list[Segment]) -> None:
         """``part`` += Σ_n |Σ over segments|^power; ``kinds`` are the segments that one kernel call takes."""
         wide = torch.float64 if any(segment.double for segment in segments) else torch.float32
@@ -344,7 +369,7 @@ class PerSampleSums(Interception):
         if total is not part:
             part.add_(total)
 
-    def _disjoint(self, total: Tensor, groups: Mapping[tuple[Any, ...], list[tuple[Operand, Segment]]]) -> bool:
+    def _disjoint(self, total: Tensor, groups: Mapping[tuple[Any, ...], list[Arrived]]) -> bool:
         """True if no entry of the parameter is in two of its parts."""
         if len(groups) == 1:
             return True
@@ -374,10 +399,6 @@ def _of_samples(tensor: Tensor) -> bool:
     if not tensor.requires_grad or tensor.is_leaf:
         return False
     return any(node.name() == f"{Tap.__name__}Backward" for node in graph_nodes(tensor))
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _region(operand: Operand, total: Tensor) -> tuple[Any, ...]:

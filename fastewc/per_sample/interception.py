@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastewc.per_sample.layout import broadcasts
-from fastewc.per_sample.proxy import Operand, Picked, Proxy, all_tensors, found_proxies, replaced, tensors_in
+from fastewc.per_sample.proxy import (
+    Operand,
+    Picked,
+    Proxy,
+    Recipe,
+    all_tensors,
+    found_proxies,
+    itself,
+    replaced,
+    tensors_in,
+)
 from fastewc.per_sample.unrolled import unrolled
 
 #: Functions that move entries of their first argument, and do not change, mix or repeat them.
@@ -37,6 +47,7 @@ ELEMENTWISE = frozenset(
         "sqrt", "square", "sub", "subtract", "tanh", "true_divide", "truediv",
     }
 )  # fmt: skip
+_BY_ENTRY = ELEMENTWISE | {"zero", "fill", "setitem"}
 #: Functions that write into their first argument, elementwise; other arguments are broadcast to it.
 FILLS = frozenset(
     {
@@ -118,6 +129,8 @@ class Interception:
         why = f"{name_of(func)} writes into a tensor"
         target = args[0]
         if isinstance(target, Proxy) and target.operand.made and torch.is_grad_enabled():
+            by_entry = name_of(func).strip("_") in _BY_ENTRY and len(all_tensors((args, kwargs))) == 1
+            target.operand.memory.mixed |= not by_entry
             self.rewritten(target.operand, alone=not tensors_in((args, kwargs)))
             func(*_values(args), **_values(kwargs))  # becomes a part of how it was made
             return target
@@ -188,7 +201,10 @@ class Interception:
             names = tuple(dict.fromkeys(name for operand in operands for name in operand.names))
             leaves = {name: leaf for operand in operands for name, leaf in operand.leaves.items()}
             key = name if index is None else f"{name}[{index}]"
-            return Proxy.of(Operand(key, names, tensor, view, leaves, picked, slope, constant), self)
+            memory = next((o.memory for o in operands if _shared(o.value, tensor)), None)
+            recipe = Recipe.of(func, args, kwargs, tensor)
+            made = Operand(key, names, tensor, view, leaves, picked, slope, constant, recipe, memory)
+            return Proxy.of(made, self)
 
         if isinstance(result, (tuple, list)):
             return type(result)(wrap(tensor, i) for i, tensor in enumerate(result))
@@ -212,7 +228,7 @@ def _entries(
     if before is None:
         return None, None, None
     move = _move(source, func, args, kwargs, result, index)
-    if move is _itself:
+    if move is itself:
         return before, source.picked, source.slope
     if move is not None:
         return lambda whole: move(before(whole)), source.picked, None if source.slope is None else move(source.slope)
@@ -220,7 +236,7 @@ def _entries(
     if slope is not None:
         return before, None, slope
     picked = _picked(source, func, args, kwargs, result)
-    return None if picked is None else _itself, picked, None
+    return None if picked is None else itself, picked, None
 
 
 def _move(
@@ -230,9 +246,8 @@ def _move(
     """Takes the result's entries out of a tensor like the source; None if they are not simply there."""
     name = name_of(func)
     if name in CASTS:
-        return _itself
-    shared = result.untyped_storage().data_ptr() == source.value.untyped_storage().data_ptr()
-    if name not in MOVES or (source.value.numel() and not shared):
+        return itself
+    if name not in MOVES or (source.value.numel() and not _shared(source.value, result)):
         return None
 
     def move(before: Tensor) -> Tensor:
@@ -254,8 +269,9 @@ def _slope(
     return slope if source.slope is None else slope * source.slope
 
 
-def _itself(whole: Tensor) -> Tensor:
-    return whole
+def _shared(one: Tensor, other: Tensor) -> bool:
+    """True if they are in the same memory."""
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _picked(

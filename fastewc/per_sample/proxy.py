@@ -41,6 +41,8 @@ class Operand:
         picked: where it came from, if it is made of rows of a table; ``view`` is then of a tensor like these rows.
         slope: of the entries by those of the parameter, where each was made of one (exp(w), 1 + w); None for 1.
         constant: made under no_grad; what autograd records does not see where it came from.
+        recipe: how it was made; None for a parameter.
+        memory: shared by the operands that share memory.
     """
 
     def __init__(
@@ -53,27 +55,48 @@ class Operand:
         picked: Picked | None = None,
         slope: Tensor | None = None,
         constant: bool = False,
+        recipe: Recipe | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self.key, self.names, self.value, self.leaves = key, names, value, leaves
-        self.slope, self.constant = slope, constant
-        self._moved, self._version = (view, picked), value._version
+        self.constant, self.recipe, self.memory = constant, recipe, memory or Memory()
+        self._moved, self._version, self._slope = (view, picked), value._version, slope
+
+    @classmethod
+    def of(cls, name: str, leaf: Tensor) -> Operand:
+        """A whole parameter."""
+        return cls(name, (name,), leaf, itself, {name: leaf})
 
     @property
     def view(self) -> Callable[[Tensor], Tensor] | None:
         """See above."""
-        return None if self._rewritten else self._moved[0]
+        return None if self.rewritten and self.memory.mixed else self._moved[0]
 
     @property
     def picked(self) -> Picked | None:
         """See above."""
-        return None if self._rewritten else self._moved[1]
+        return None if self.rewritten else self._moved[1]
+
+    @property
+    def slope(self) -> Tensor | None:
+        """See above; after a write it is another one."""
+        if self.rewritten and self.view is not None:
+            leaf, ones = self.leaves[self.names[0]], torch.ones_like(self.value)
+            (of_leaf,) = torch.autograd.grad(self.value, leaf, ones, retain_graph=True)
+            self._slope, self._version = self.view(of_leaf), self.value._version
+        return self._slope
 
     def moved(self, key: str, move: Callable[[Tensor], Tensor]) -> Operand:
         """The operand with its entries in another order."""
         before = self.view
         view = None if before is None else lambda whole: move(before(whole))
         slope = None if self.slope is None else move(self.slope)
-        return Operand(key, self.names, move(self.value), view, self.leaves, self.picked, slope)
+        return Operand(key, self.names, move(self.value), view, self.leaves, self.picked, slope, memory=self.memory)
+
+    @property
+    def whole(self) -> bool:
+        """True for a parameter as it is."""
+        return self.view is itself and self.slope is None and self.picked is None
 
     @property
     def made(self) -> bool:
@@ -83,13 +106,52 @@ class Operand:
         return own and self.value.grad_fn is not None
 
     @property
-    def _rewritten(self) -> bool:
+    def rewritten(self) -> bool:
+        """True after a write into its memory."""
         return self.value._version != self._version and self.made
 
     @property
     def plain(self) -> Tensor:
         """The value as a constant."""
         return self.value.detach()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A function of parameters alone, and its arguments; ``edge``: where gradients at its result arrive."""
+
+    func: Callable[..., Any]
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    edge: torch.autograd.graph.GradientEdge
+    versions: list[int]
+
+    @classmethod
+    def of(cls, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Tensor) -> Recipe:
+        """That of a function that has just been called."""
+        edge = torch.autograd.graph.get_gradient_edge(result)
+        return cls(func, args, kwargs, edge, [one.value._version for one in _operands(args, kwargs)])
+
+    @property
+    def operands(self) -> list[Operand]:
+        """What it was given, each once."""
+        return list({id(one): one for one in _operands(self.args, self.kwargs)}.values())
+
+    @property
+    def unchanged(self) -> bool:
+        """True if nothing has been written into its arguments since."""
+        return self.versions == [one.value._version for one in _operands(self.args, self.kwargs)]
+
+
+def _operands(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Operand]:
+    return [proxy.operand for proxy in found_proxies((args, kwargs))]
+
+
+@dataclass
+class Memory:
+    """What was written into what arithmetic made; ``mixed``: something else than numbers, entry by entry."""
+
+    mixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,6 +193,11 @@ class Proxy(Tensor):
 
 class Slot(Proxy, nn.Parameter):
     """In the place of a parameter itself. Only this is one: a module that is given a parameter keeps it as its own."""
+
+
+def itself(whole: Tensor) -> Tensor:
+    """The view that is all of it."""
+    return whole
 
 
 def found_proxies(content: Any) -> list[Proxy]:

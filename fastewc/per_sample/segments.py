@@ -330,6 +330,9 @@ class Pulled(Wrapped):
     def rows(self, start: int, stop: int) -> Tensor:
         """[n, *shape of the parameter]."""
         rows = self.inner.rows(start, stop).to(self.value.dtype)
+        together = back_together(self.value, [torch.autograd.graph.get_gradient_edge(self.leaf)], rows)
+        if together is not None:
+            return wide(together[0])
         found = []
         for row in rows:
             (gradient,) = torch.autograd.grad(
@@ -337,6 +340,22 @@ class Pulled(Wrapped):
             )
             found.append(wide(gradient))
         return torch.stack(found)
+
+
+def back_together(
+    value: Tensor, edges: Sequence[torch.autograd.graph.GradientEdge], rows: Tensor
+) -> Sequence[Tensor] | None:
+    """Gradients [n, ...] at ``value``, taken back to the edges for all n at once.
+
+    None if a function on the way can't do that: its backward looks at values.
+    """
+    try:
+        return torch.autograd.grad(
+            value, edges, rows.to(value.dtype), retain_graph=True, allow_unused=True, materialize_grads=True,
+            is_grads_batched=True,
+        )  # fmt: skip
+    except RuntimeError:
+        return None
 
 
 @dataclass

@@ -163,7 +163,7 @@ class ByTable(nn.Module):
 
 
 def test_a_layer_that_meets_no_samples():
-    assert_exact(ByTable().double().eval(), TOKENS().double(), op={"queries", "q.weight", "q.bias"})
+    assert_exact(ByTable().double().eval(), TOKENS().double())
 
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, which is not installed")

@@ -57,7 +57,6 @@ ZOO = {
 }  # fmt: skip
 OP = {
     "a vector indexed": {"w"},
-    "scaled": {"e.weight"},
     "bag of means": {"weight"},
     "bag of sums": {"weight"},
     "bag of maxima": {"weight"},

@@ -105,7 +105,6 @@ ZOO = {
     ),
 }  # fmt: skip
 OP = {
-    "summed bias": {"w"},
     "bilinear": {"b.weight", "b.bias"},
     "experts by bmm": {"w"},
     "experts by matmul": {"w"},

@@ -187,10 +187,7 @@ RAW = {
     "distance": (by(lambda m, x: torch.cdist(x, m.w), 3, 4), TOKENS),
 }  # fmt: skip
 OP = {
-    "w * itself": {"w"},
-    "two weights": {"w", "u"},
     "normalised weight": {"w"},
-    "rows of a function of a table": {"w"},
     "cosine": {"w"},
     "distance": {"w"},
     "token by cat": {"w"},

@@ -20,8 +20,6 @@ transformers = pytest.importorskip("transformers", reason="needs transformers, w
 
 #: What is not "fused" today: of how many parameter tensors, or the error that a model ends in. May only get less.
 NOT_FUSED = {
-    "swin_v2": {"op": 8},  # tables of relative positions by a small network; the key's bias, set to 0
-    "t5": {"op": 1},  # the decoder's table of relative positions
     "lstm, packed": {"batch-1": 6},
 }
 N, VOCABULARY = 3, 50

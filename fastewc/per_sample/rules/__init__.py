@@ -4,9 +4,9 @@ A rule is a function of a :class:`Call` that returns its uses, or None for a for
 differentiated sample by sample, which is exact for every op.
 """
 
-from fastewc.per_sample.rules.base import RULES, Call, Use
+from fastewc.per_sample.rules.base import LEADING, RULES, Call, Use
 from fastewc.per_sample.rules.rerun import rerun
 
 from fastewc.per_sample.rules import conv, elementwise, embedding, linear, norms  # isort: skip  # they fill RULES
 
-__all__ = ["RULES", "Call", "Use", "conv", "elementwise", "embedding", "linear", "norms", "rerun"]
+__all__ = ["LEADING", "RULES", "Call", "Use", "conv", "elementwise", "embedding", "linear", "norms", "rerun"]

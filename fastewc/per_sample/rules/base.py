@@ -58,13 +58,16 @@ class Call:
 Rule = Callable[[Call], "list[Use] | None"]
 #: torch function -> its rule.
 RULES: dict[Callable[..., Any], Rule] = {}
+#: Those that give the same with any dimensions put in front of their arguments, parameters aside.
+LEADING: set[Callable[..., Any]] = set()
 
 
-def rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
-    """Register a rule for torch functions."""
+def rule(*functions: Callable[..., Any], leading: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for torch functions; ``leading``: they go into ``LEADING``."""
 
     def register(one: Rule) -> Rule:
         RULES.update(dict.fromkeys(functions, one))
+        LEADING.update(functions if leading else ())
         return one
 
     return register

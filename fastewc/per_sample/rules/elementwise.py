@@ -29,7 +29,7 @@ def _named(*names: str) -> Iterator[Callable[..., Any]]:
                 yield found
 
 
-@rule(*_named(*_POINTWISE))
+@rule(*_named(*_POINTWISE), leading=True)
 def elementwise(call: Call) -> list[Use] | None:
     """Any function of numbers."""
     return pointwise(call)

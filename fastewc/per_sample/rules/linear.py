@@ -40,7 +40,7 @@ def multiplied(call: Call, x: Tensor, weight: Proxy, *, transposed: bool, factor
     return Use(weight.operand, (x,), segment)
 
 
-@rule(F.linear)
+@rule(F.linear, leading=True)
 def linear(call: Call) -> list[Use] | None:
     """Y = x Wᵀ + b."""
     x, weight, bias = call.bound("input", "weight", "bias")
@@ -52,7 +52,7 @@ def linear(call: Call) -> list[Use] | None:
     return _all(uses)
 
 
-@rule(torch.matmul, Tensor.matmul, Tensor.__rmatmul__, torch.mm, Tensor.mm)
+@rule(torch.matmul, Tensor.matmul, Tensor.__rmatmul__, torch.mm, Tensor.mm, leading=True)
 def matmul(call: Call) -> list[Use] | None:
     """Y = x W, or y = W x: then the columns of x are the positions."""
     left, right = call.bound("input", "other") if len(call.args) == 2 else (None, None)

@@ -59,7 +59,7 @@ def _of_groups(x: Tensor, groups: int, eps: float) -> Moments:
     return each(shift), each(factor)
 
 
-@rule(torch.layer_norm)
+@rule(torch.layer_norm, leading=True)
 def layer_norm(call: Call) -> list[Use] | None:
     """Over the last dimensions."""
     x, shape, weight, bias, eps = call.bound("input", "normalized_shape", "weight", "bias", "eps")
@@ -69,7 +69,7 @@ def layer_norm(call: Call) -> list[Use] | None:
     return _affine(call, x, weight, bias, lambda x: _of_rows(x, len(shape), eps), channels=False)
 
 
-@rule(torch.rms_norm)
+@rule(torch.rms_norm, leading=True)
 def rms_norm(call: Call) -> list[Use] | None:
     """Over the last dimensions, without a mean and a bias."""
     x, shape, weight, eps = call.bound("input", "normalized_shape", "weight", "eps")
