@@ -92,10 +92,12 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def measure_importance(kind: str, model: nn.Module, x: Tensor, y: Tensor) -> Mapping[str, Tensor]:
-    """Fisher with the data set's labels, or MAS on the softmax outputs: what both papers use."""
+    """Fisher with the data set's labels, MAS on the softmax outputs, or SIG: what both papers use."""
     batches = list(zip(x.split(500), y.split(500), strict=True))
     if kind == "fisher":
         return fastewc.fisher_importance(model, batches, loss="categorical", labels="dataset")
+    if kind == "signal":
+        return fastewc.signal_importance(model, [(x,) for x, _ in batches])
     return fastewc.mas_importance(model, batches, output="softmax")
 
 

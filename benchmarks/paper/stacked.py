@@ -1,0 +1,216 @@
+"""Many runs of the protocol as one: S networks in a leading dimension, trained by one program.
+
+Each network has its own start, its own order of samples and its own λ; a step is one batched product per layer and one
+fused optimizer step over all of them. The gradient of the sum of their losses holds each network's own gradient, Adam
+works entry by entry, and every penalty has λ only in the product λΩ: so λ goes into Ω, and each network does what it
+would do alone (``protocol.run_once``), up to the order of additions in a product.
+
+Shapes: S networks, B samples, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastewc
+from benchmarks.paper.mnist_tasks import Split, pixel_orders
+from benchmarks.paper.protocol import Protocol, build_mlp, measure_importance
+
+SLOPE = 0.01
+Moments = dict[int, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How all networks of a stack are protected."""
+
+    importance: str  # "fisher", "mas", "si" or "signal"
+    variant: str
+
+
+@dataclass(frozen=True)
+class Network:
+    """One run: λ in this library's convention, and the seed of its start and of its order of samples."""
+
+    ewc_lambda: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class StackOutcome:
+    """What S runs give: accuracies in 0..1 [S][task], seconds of all together, and Adam's state at the end.
+
+    ``moments``: by index of the parameter "step", "exp_avg" and "exp_avg_sq", the latter two [S, …].
+    """
+
+    per_task: list[list[float]]
+    when_learned: list[list[float]]
+    seconds: float
+    importance_seconds: float
+    moments: Moments
+
+
+class StackedMLP(nn.Module):
+    """S networks of linear layers with LeakyReLU between them: weights [S, O, I], biases [S, 1, O]."""
+
+    def __init__(self, networks: Sequence[nn.Sequential]) -> None:
+        super().__init__()
+        layers = [[layer for layer in one if isinstance(layer, nn.Linear)] for one in networks]
+        self.weights = nn.ParameterList(torch.stack([one.weight for one in same]) for same in zip(*layers, strict=True))
+        self.biases = nn.ParameterList(
+            torch.stack([one.bias for one in same]).unsqueeze(1) for same in zip(*layers, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[S, B, I] → [S, B, classes]."""
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, F.leaky_relu(x, SLOPE) if i else x, weight.mT)
+        return x
+
+    def network(self, s: int) -> nn.Sequential:
+        """One of the networks, on the same memory, in eval mode."""
+        layers: list[nn.Module] = []
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            layer = nn.Linear(weight.shape[2], weight.shape[1], device="meta")
+            layer.weight, layer.bias = nn.Parameter(weight.detach()[s]), nn.Parameter(bias.detach()[s, 0])
+            layers += [nn.LeakyReLU(SLOPE), layer] if i else [layer]
+        return nn.Sequential(*layers).eval()
+
+
+def run_stack(
+    method: Method,
+    networks: Sequence[Network],
+    data: Split,
+    *,
+    protocol: Protocol,
+    moments: Moments | None = None,
+    checkpoint: Path | None = None,
+    after_task: Callable[[], object] = lambda: None,
+) -> StackOutcome:
+    """Train all networks on all tasks in a row and test them on all.
+
+    Args:
+        method: the protection.
+        networks: λ and seed of each.
+        data: MNIST as it is, on the device to run on.
+        protocol: its numbers.
+        moments: those of another stack's Adam to go on from; None: a new Adam.
+        checkpoint: a file that keeps the state after each task, and is removed at the end; a run goes on from it.
+        after_task: called after each task.
+    """
+    device = data.train_x.device
+    model = StackedMLP([_initial(one.seed, data, protocol) for one in networks]).to(device)
+    ewc = fastewc.EWC(model, ewc_lambda=1.0, variant=method.variant)
+    optimizer = fastewc.optim.Adam(
+        model.named_parameters(), lr=protocol.lr, ewc=ewc,
+        path_integral="regularized" if method.importance == "si" else False,
+    )  # fmt: skip
+    if moments is not None:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": copy.deepcopy(moments)})
+    orders = [torch.Generator().manual_seed(10_000 + one.seed) for one in networks]
+    strengths = torch.tensor([one.ewc_lambda for one in networks], device=device).view(-1, 1, 1)
+    when_learned: list[Tensor] = []
+    first, spent = 0, {"all": 0.0, "importance": 0.0}
+    if checkpoint is not None and checkpoint.exists():
+        kept = torch.load(checkpoint, weights_only=True)
+        if kept["networks"] != [(one.ewc_lambda, one.seed) for one in networks]:
+            raise ValueError(f"{checkpoint} is of other networks; remove it to begin anew")
+        model.load_state_dict(kept["model"])
+        ewc.load_state_dict(kept["ewc"])
+        optimizer.load_state_dict(kept["optimizer"])
+        for order, state in zip(orders, kept["orders"], strict=True):
+            order.set_state(state)
+        first, spent, when_learned = kept["tasks"], kept["spent"], kept["when_learned"]
+        for _ in range(first):
+            after_task()
+
+    pixels = pixel_orders(protocol.tasks, data.train_x.shape[1], protocol.permutations)
+    for k in range(first, protocol.tasks):
+        begun = time.perf_counter()
+        task = data.permuted(pixels[k].to(device))
+        _train(model, optimizer, task, protocol, orders)
+        when_learned.append(_accuracies(model, task.test_x, task.test_y))
+        if k < protocol.tasks - 1:
+            paused = time.perf_counter()
+            ewc.consolidate(
+                {name: strengths * value for name, value in _importance(method, model, optimizer, task, protocol)}
+            )
+            spent["importance"] += time.perf_counter() - paused
+        spent["all"] += time.perf_counter() - begun
+        if checkpoint is not None:
+            _save(checkpoint, {
+                "networks": [(one.ewc_lambda, one.seed) for one in networks], "model": model.state_dict(),
+                "ewc": ewc.state_dict(), "optimizer": optimizer.state_dict(),
+                "orders": [order.get_state() for order in orders], "tasks": k + 1, "spent": spent,
+                "when_learned": when_learned,
+            })  # fmt: skip
+        after_task()
+    begun = time.perf_counter()
+    per_task = torch.stack([_accuracies(model, data.test_x[:, one.to(device)], data.test_y) for one in pixels], 1)
+    spent["all"] += time.perf_counter() - begun
+    state = optimizer.state_dict()["state"]
+    if checkpoint is not None:
+        checkpoint.unlink()
+    return StackOutcome(
+        per_task.tolist(), torch.stack(when_learned, 1).tolist(), spent["all"], spent["importance"],
+        {i: {key: one[key] for key in ("step", "exp_avg", "exp_avg_sq")} for i, one in state.items()},
+    )  # fmt: skip
+
+
+def _initial(seed: int, data: Split, protocol: Protocol) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return build_mlp(data.train_x.shape[1], protocol.hidden, int(data.train_y.max()) + 1).to(data.train_x.dtype)
+
+
+def _train(
+    model: StackedMLP, optimizer: torch.optim.Optimizer, task: Split, protocol: Protocol, orders: list[torch.Generator]
+) -> None:
+    for _ in range(protocol.epochs):
+        epoch = torch.stack([torch.randperm(len(task.train_y), generator=order) for order in orders])
+        for index in epoch.to(task.train_x.device).split(protocol.batch, 1):
+            logits = model(task.train_x[index])
+            losses = F.cross_entropy(logits.flatten(0, 1), task.train_y[index].flatten(), reduction="sum")
+            optimizer.zero_grad()
+            (losses / index.shape[1]).backward()
+            optimizer.step()
+
+
+def _importance(
+    method: Method, model: StackedMLP, optimizer: torch.optim.Optimizer, task: Split, protocol: Protocol
+) -> list[tuple[str, Tensor]]:
+    """The importances of all networks by the names of the stack's parameters."""
+    if method.importance == "si":  # the published protocol: ξ = 0.1, with the regularised gradient
+        return list(fastewc.si_importance(optimizer, damping=0.1).items())
+    last = slice(-protocol.importance_samples, None)
+    x, y = task.train_x[last], task.train_y[last]
+    found = [measure_importance(method.importance, model.network(s), x, y) for s in range(len(model.weights[0]))]
+    stacked = [torch.stack([one[name] for one in found]) for name in found[0]]  # weight, bias, weight, bias, …
+    weights = [(f"weights.{i}", value) for i, value in enumerate(stacked[::2])]
+    return weights + [(f"biases.{i}", value.unsqueeze(1)) for i, value in enumerate(stacked[1::2])]
+
+
+@torch.no_grad()
+def _accuracies(model: StackedMLP, x: Tensor, y: Tensor) -> Tensor:
+    """The share of right answers of each network [S]."""
+    S = len(model.weights[0])
+    right = [
+        (model(some.expand(S, *some.shape)).argmax(2) == wanted).sum(1)
+        for some, wanted in zip(x.split(2000), y.split(2000), strict=True)
+    ]
+    return torch.stack(right).sum(0).double().cpu() / len(y)
+
+
+def _save(file: Path, content: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, file.with_suffix(".tmp"))
+    os.replace(file.with_suffix(".tmp"), file)
