@@ -11,12 +11,13 @@ Shapes: S networks, B samples, I inputs, O outputs.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,10 +48,28 @@ class Network:
 
 
 @dataclass(frozen=True)
+class Training:
+    """How the networks are trained, where that is not as in the protocol."""
+
+    optimizer: Literal["adam", "sgd", "momentum"] = "adam"  # momentum: SGD with 0.9
+    cosine: bool = False  # the learning rate falls to 0 within each task
+    fixed_alpha: bool = False  # the stabilised penalty's α stays at the protocol's learning rate
+    clip: float | None = None  # L2 norm of each network's gradient at most
+    clip_sum: bool = False  # of the gradient with the penalty's; else of the task's alone
+
+    @property
+    def by_loss(self) -> bool:
+        """True where the penalty has to be a part of the loss."""
+        return self.fixed_alpha or (self.clip is not None and self.clip_sum)
+
+
+@dataclass(frozen=True)
 class StackOutcome:
     """What S runs give: accuracies in 0..1 [S][task], seconds of all together, and Adam's state at the end.
 
-    ``moments``: by index of the parameter "step", "exp_avg" and "exp_avg_sq", the latter two [S, …].
+    ``moments``: by index of the parameter "step", "exp_avg" and "exp_avg_sq", the latter two [S, …]. ``diverged``: in
+    which task a network's weights or importances became infinite; its weights are 0 from there on. ``stiffest``: each
+    network's largest αλΩ at the end.
     """
 
     per_task: list[list[float]]
@@ -58,6 +77,8 @@ class StackOutcome:
     seconds: float
     importance_seconds: float
     moments: Moments
+    diverged: list[int | None]
+    stiffest: list[float]
 
 
 class StackedMLP(nn.Module):
@@ -93,6 +114,7 @@ def run_stack(
     data: Split,
     *,
     protocol: Protocol,
+    training: Training | None = None,
     moments: Moments | None = None,
     checkpoint: Path | None = None,
     after_task: Callable[[], object] = lambda: None,
@@ -104,22 +126,21 @@ def run_stack(
         networks: λ and seed of each.
         data: MNIST as it is, on the device to run on.
         protocol: its numbers.
+        training: what differs from it; None: nothing.
         moments: those of another stack's Adam to go on from; None: a new Adam.
         checkpoint: a file that keeps the state after each task, and is removed at the end; a run goes on from it.
         after_task: called after each task.
     """
-    device = data.train_x.device
+    device, training = data.train_x.device, training or Training()
     model = StackedMLP([_initial(one.seed, data, protocol) for one in networks]).to(device)
     ewc = fastewc.EWC(model, ewc_lambda=1.0, variant=method.variant)
-    optimizer = fastewc.optim.Adam(
-        model.named_parameters(), lr=protocol.lr, ewc=ewc,
-        path_integral="regularized" if method.importance == "si" else False,
-    )  # fmt: skip
+    optimizer = _optimizer(method, model, training, protocol, None if training.by_loss else ewc)
     if moments is not None:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": copy.deepcopy(moments)})
     orders = [torch.Generator().manual_seed(10_000 + one.seed) for one in networks]
     strengths = torch.tensor([one.ewc_lambda for one in networks], device=device).view(-1, 1, 1)
     when_learned: list[Tensor] = []
+    diverged: list[int | None] = [None] * len(networks)
     first, spent = 0, {"all": 0.0, "importance": 0.0}
     if checkpoint is not None and checkpoint.exists():
         kept = torch.load(checkpoint, weights_only=True)
@@ -130,7 +151,7 @@ def run_stack(
         optimizer.load_state_dict(kept["optimizer"])
         for order, state in zip(orders, kept["orders"], strict=True):
             order.set_state(state)
-        first, spent, when_learned = kept["tasks"], kept["spent"], kept["when_learned"]
+        first, spent, when_learned, diverged = (kept[key] for key in ("tasks", "spent", "when_learned", "diverged"))
         for _ in range(first):
             after_task()
 
@@ -138,13 +159,16 @@ def run_stack(
     for k in range(first, protocol.tasks):
         begun = time.perf_counter()
         task = data.permuted(pixels[k].to(device))
-        _train(model, optimizer, task, protocol, orders)
+        _train(model, optimizer, ewc, task, protocol, training, orders)
+        _reset(model, optimizer, diverged, k, ~_finite(model.parameters()))
         when_learned.append(_accuracies(model, task.test_x, task.test_y))
         if k < protocol.tasks - 1:
             paused = time.perf_counter()
-            ewc.consolidate(
-                {name: strengths * value for name, value in _importance(method, model, optimizer, task, protocol)}
-            )
+            found = _importance(method, model, optimizer, task, protocol)
+            broken = ~_finite(found.values())
+            _reset(model, optimizer, diverged, k, broken)
+            alive = torch.tensor([one is None for one in diverged], device=device).view(-1, 1, 1)
+            ewc.consolidate({name: (strengths * value).where(alive, 0) for name, value in found.items()})
             spent["importance"] += time.perf_counter() - paused
         spent["all"] += time.perf_counter() - begun
         if checkpoint is not None:
@@ -152,18 +176,20 @@ def run_stack(
                 "networks": [(one.ewc_lambda, one.seed) for one in networks], "model": model.state_dict(),
                 "ewc": ewc.state_dict(), "optimizer": optimizer.state_dict(),
                 "orders": [order.get_state() for order in orders], "tasks": k + 1, "spent": spent,
-                "when_learned": when_learned,
+                "when_learned": when_learned, "diverged": diverged,
             })  # fmt: skip
         after_task()
     begun = time.perf_counter()
     per_task = torch.stack([_accuracies(model, data.test_x[:, one.to(device)], data.test_y) for one in pixels], 1)
     spent["all"] += time.perf_counter() - begun
     state = optimizer.state_dict()["state"]
+    stiffest = torch.stack([value.flatten(1).amax(1) for value in ewc.state_dict()["importance"].values()]).amax(0)
     if checkpoint is not None:
         checkpoint.unlink()
     return StackOutcome(
         per_task.tolist(), torch.stack(when_learned, 1).tolist(), spent["all"], spent["importance"],
-        {i: {key: one[key] for key in ("step", "exp_avg", "exp_avg_sq")} for i, one in state.items()},
+        {i: {key: one[key] for key in ("step", "exp_avg", "exp_avg_sq") if key in one} for i, one in state.items()},
+        diverged, (protocol.lr * stiffest).tolist(),
     )  # fmt: skip
 
 
@@ -172,31 +198,77 @@ def _initial(seed: int, data: Split, protocol: Protocol) -> nn.Sequential:
     return build_mlp(data.train_x.shape[1], protocol.hidden, int(data.train_y.max()) + 1).to(data.train_x.dtype)
 
 
+def _optimizer(
+    method: Method, model: StackedMLP, training: Training, protocol: Protocol, ewc: fastewc.EWC | None
+) -> torch.optim.Optimizer:
+    named, options = list(model.named_parameters()), {"lr": protocol.lr, "ewc": ewc}
+    options["path_integral"] = "regularized" if method.importance == "si" else False
+    if training.optimizer == "adam":
+        return fastewc.optim.Adam(named, **options)
+    return fastewc.optim.SGD(named, momentum=0.9 if training.optimizer == "momentum" else 0.0, **options)
+
+
 def _train(
-    model: StackedMLP, optimizer: torch.optim.Optimizer, task: Split, protocol: Protocol, orders: list[torch.Generator]
-) -> None:
+    model: StackedMLP, optimizer: torch.optim.Optimizer, ewc: fastewc.EWC, task: Split, protocol: Protocol,
+    training: Training, orders: list[torch.Generator],
+) -> None:  # fmt: skip
+    group, steps, step = optimizer.param_groups[0], protocol.epochs * -(-len(task.train_y) // protocol.batch), 0
     for _ in range(protocol.epochs):
         epoch = torch.stack([torch.randperm(len(task.train_y), generator=order) for order in orders])
         for index in epoch.to(task.train_x.device).split(protocol.batch, 1):
+            if training.cosine:
+                group["lr"] = protocol.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
             logits = model(task.train_x[index])
             losses = F.cross_entropy(logits.flatten(0, 1), task.train_y[index].flatten(), reduction="sum")
+            loss = losses / index.shape[1]
+            if training.by_loss:
+                loss = loss + ewc.penalty(protocol.lr if training.fixed_alpha else group["lr"])
             optimizer.zero_grad()
-            (losses / index.shape[1]).backward()
+            loss.backward()
+            if training.clip is not None:
+                _clip(model, training.clip)
             optimizer.step()
+            step += 1
+
+
+def _clip(model: StackedMLP, most: float) -> None:
+    """Each network's gradient, as torch.nn.utils.clip_grad_norm_ does it for one."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+    factors = (most / (norms + 1e-6)).clamp(max=1.0).view(-1, 1, 1)
+    for g in gradients:
+        g.mul_(factors)
+
+
+def _finite(tensors: Iterable[Tensor]) -> Tensor:
+    """[S]: which networks have nothing but finite numbers."""
+    return torch.stack([tensor.detach().isfinite().flatten(1).all(1) for tensor in tensors]).all(0)
+
+
+@torch.no_grad()
+def _reset(
+    model: StackedMLP, optimizer: torch.optim.Optimizer, diverged: list[int | None], task: int, broken: Tensor
+) -> None:
+    """Note which networks have diverged, and set all that is theirs to 0."""
+    for s in broken.nonzero().flatten().tolist():
+        diverged[s] = task if diverged[s] is None else diverged[s]
+        for p in model.parameters():
+            for tensor in (p, *(t for t in optimizer.state[p].values() if torch.is_tensor(t) and t.shape == p.shape)):
+                tensor[s] = 0
 
 
 def _importance(
     method: Method, model: StackedMLP, optimizer: torch.optim.Optimizer, task: Split, protocol: Protocol
-) -> list[tuple[str, Tensor]]:
+) -> dict[str, Tensor]:
     """The importances of all networks by the names of the stack's parameters."""
     if method.importance == "si":  # the published protocol: ξ = 0.1, with the regularised gradient
-        return list(fastewc.si_importance(optimizer, damping=0.1).items())
+        return dict(fastewc.si_importance(optimizer, damping=0.1))
     last = slice(-protocol.importance_samples, None)
     x, y = task.train_x[last], task.train_y[last]
     found = [measure_importance(method.importance, model.network(s), x, y) for s in range(len(model.weights[0]))]
     stacked = [torch.stack([one[name] for one in found]) for name in found[0]]  # weight, bias, weight, bias, …
-    weights = [(f"weights.{i}", value) for i, value in enumerate(stacked[::2])]
-    return weights + [(f"biases.{i}", value.unsqueeze(1)) for i, value in enumerate(stacked[1::2])]
+    weights = {f"weights.{i}": value for i, value in enumerate(stacked[::2])}
+    return weights | {f"biases.{i}": value.unsqueeze(1) for i, value in enumerate(stacked[1::2])}
 
 
 @torch.no_grad()
