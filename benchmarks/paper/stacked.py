@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def run_stack(
         after_task: called after each task.
     """
     device = data.train_x.device
-    model = StackedMLP([_initial(one.seed, data, protocol) for one in networks]).to(device)
+    model = initial_stack([one.seed for one in networks], data, protocol)
     ewc = fastewc.EWC(model, ewc_lambda=1.0, variant=method.variant)
     optimizer = fastewc.optim.Adam(
         model.named_parameters(), lr=protocol.lr, ewc=ewc,
@@ -117,7 +117,7 @@ def run_stack(
     )  # fmt: skip
     if moments is not None:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": copy.deepcopy(moments)})
-    orders = [torch.Generator().manual_seed(10_000 + one.seed) for one in networks]
+    orders = sample_orders([one.seed for one in networks])
     strengths = torch.tensor([one.ewc_lambda for one in networks], device=device).view(-1, 1, 1)
     when_learned: list[Tensor] = []
     first, spent = 0, {"all": 0.0, "importance": 0.0}
@@ -138,13 +138,15 @@ def run_stack(
     for k in range(first, protocol.tasks):
         begun = time.perf_counter()
         task = data.permuted(pixels[k].to(device))
-        _train(model, optimizer, task, protocol, orders)
-        when_learned.append(_accuracies(model, task.test_x, task.test_y))
+        train_stack(model, optimizer, task, protocol, orders)
+        when_learned.append(accuracies_of(model, task.test_x, task.test_y))
         if k < protocol.tasks - 1:
             paused = time.perf_counter()
-            ewc.consolidate(
-                {name: strengths * value for name, value in _importance(method, model, optimizer, task, protocol)}
-            )
+            if method.importance == "si":  # the published protocol: ξ = 0.1, with the regularised gradient
+                found: Mapping[str, Tensor] = fastewc.si_importance(optimizer, damping=0.1)
+            else:
+                found = measure_stack(method.importance, model, task, protocol)
+            ewc.consolidate({name: strengths * value for name, value in found.items()})
             spent["importance"] += time.perf_counter() - paused
         spent["all"] += time.perf_counter() - begun
         if checkpoint is not None:
@@ -156,7 +158,7 @@ def run_stack(
             })  # fmt: skip
         after_task()
     begun = time.perf_counter()
-    per_task = torch.stack([_accuracies(model, data.test_x[:, one.to(device)], data.test_y) for one in pixels], 1)
+    per_task = torch.stack([accuracies_of(model, data.test_x[:, one.to(device)], data.test_y) for one in pixels], 1)
     spent["all"] += time.perf_counter() - begun
     state = optimizer.state_dict()["state"]
     if checkpoint is not None:
@@ -167,14 +169,25 @@ def run_stack(
     )  # fmt: skip
 
 
-def _initial(seed: int, data: Split, protocol: Protocol) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return build_mlp(data.train_x.shape[1], protocol.hidden, int(data.train_y.max()) + 1).to(data.train_x.dtype)
+def initial_stack(seeds: Sequence[int], data: Split, protocol: Protocol) -> StackedMLP:
+    """Each seed's freshly initialised network, on the device of the data."""
+    networks = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        one = build_mlp(data.train_x.shape[1], protocol.hidden, int(data.train_y.max()) + 1)
+        networks.append(one.to(data.train_x.dtype))
+    return StackedMLP(networks).to(data.train_x.device)
 
 
-def _train(
+def sample_orders(seeds: Sequence[int]) -> list[torch.Generator]:
+    """What draws the order of the samples, for each network of a stack."""
+    return [torch.Generator().manual_seed(10_000 + seed) for seed in seeds]
+
+
+def train_stack(
     model: StackedMLP, optimizer: torch.optim.Optimizer, task: Split, protocol: Protocol, orders: list[torch.Generator]
 ) -> None:
+    """``protocol.epochs`` passes over the training set, each network in its own order."""
     for _ in range(protocol.epochs):
         epoch = torch.stack([torch.randperm(len(task.train_y), generator=order) for order in orders])
         for index in epoch.to(task.train_x.device).split(protocol.batch, 1):
@@ -185,22 +198,18 @@ def _train(
             optimizer.step()
 
 
-def _importance(
-    method: Method, model: StackedMLP, optimizer: torch.optim.Optimizer, task: Split, protocol: Protocol
-) -> list[tuple[str, Tensor]]:
-    """The importances of all networks by the names of the stack's parameters."""
-    if method.importance == "si":  # the published protocol: ξ = 0.1, with the regularised gradient
-        return list(fastewc.si_importance(optimizer, damping=0.1).items())
+def measure_stack(kind: str, model: StackedMLP, task: Split, protocol: Protocol) -> dict[str, Tensor]:
+    """Fisher, MAS or SIG of all networks from the last training samples, by the names of the stack's parameters."""
     last = slice(-protocol.importance_samples, None)
     x, y = task.train_x[last], task.train_y[last]
-    found = [measure_importance(method.importance, model.network(s), x, y) for s in range(len(model.weights[0]))]
+    found = [measure_importance(kind, model.network(s), x, y) for s in range(len(model.weights[0]))]
     stacked = [torch.stack([one[name] for one in found]) for name in found[0]]  # weight, bias, weight, bias, …
-    weights = [(f"weights.{i}", value) for i, value in enumerate(stacked[::2])]
-    return weights + [(f"biases.{i}", value.unsqueeze(1)) for i, value in enumerate(stacked[1::2])]
+    weights = {f"weights.{i}": value for i, value in enumerate(stacked[::2])}
+    return weights | {f"biases.{i}": value.unsqueeze(1) for i, value in enumerate(stacked[1::2])}
 
 
 @torch.no_grad()
-def _accuracies(model: StackedMLP, x: Tensor, y: Tensor) -> Tensor:
+def accuracies_of(model: StackedMLP, x: Tensor, y: Tensor) -> Tensor:
     """The share of right answers of each network [S]."""
     S = len(model.weights[0])
     right = [
