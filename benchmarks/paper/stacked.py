@@ -14,7 +14,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from benchmarks.paper.protocol import Protocol, build_mlp, measure_importance
 
 SLOPE = 0.01
 Moments = dict[int, dict[str, Any]]
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,10 @@ class Training:
 
 @dataclass(frozen=True)
 class StackOutcome:
-    """What S runs give: accuracies in 0..1 [S][task], seconds of all together, and Adam's state at the end.
+    """What S runs give: accuracies in 0..1 [S][task], seconds of all together.
 
-    ``moments``: by index of the parameter "step", "exp_avg" and "exp_avg_sq", the latter two [S, …]. ``diverged``: in
-    which task a network's weights or importances became infinite; its weights are 0 from there on. ``stiffest``: each
-    network's largest αλΩ at the end.
+    ``moments``: the optimizer's by index of the parameter, [S, …]. ``diverged``: in which task a network's weights or
+    importances became infinite; its weights are 0 from there on. ``stiffest``: each network's largest αλΩ at the end.
     """
 
     per_task: list[list[float]]
@@ -132,12 +132,12 @@ def run_stack(
         after_task: called after each task.
     """
     device, training = data.train_x.device, training or Training()
-    model = StackedMLP([_initial(one.seed, data, protocol) for one in networks]).to(device)
+    model = initial_stack([one.seed for one in networks], data, protocol)
     ewc = fastewc.EWC(model, ewc_lambda=1.0, variant=method.variant)
     optimizer = _optimizer(method, model, training, protocol, None if training.by_loss else ewc)
     if moments is not None:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": copy.deepcopy(moments)})
-    orders = [torch.Generator().manual_seed(10_000 + one.seed) for one in networks]
+    orders = sample_orders([one.seed for one in networks])
     strengths = torch.tensor([one.ewc_lambda for one in networks], device=device).view(-1, 1, 1)
     when_learned: list[Tensor] = []
     diverged: list[int | None] = [None] * len(networks)
@@ -159,14 +159,16 @@ def run_stack(
     for k in range(first, protocol.tasks):
         begun = time.perf_counter()
         task = data.permuted(pixels[k].to(device))
-        _train(model, optimizer, ewc, task, protocol, training, orders)
+        train_stack(model, optimizer, task, protocol, orders, training, ewc)
         _reset(model, optimizer, diverged, k, ~_finite(model.parameters()))
-        when_learned.append(_accuracies(model, task.test_x, task.test_y))
+        when_learned.append(accuracies_of(model, task.test_x, task.test_y))
         if k < protocol.tasks - 1:
             paused = time.perf_counter()
-            found = _importance(method, model, optimizer, task, protocol)
-            broken = ~_finite(found.values())
-            _reset(model, optimizer, diverged, k, broken)
+            if method.importance == "si":  # the published protocol: ξ = 0.1, with the regularised gradient
+                found: Mapping[str, Tensor] = fastewc.si_importance(optimizer, damping=0.1)
+            else:
+                found = measure_stack(method.importance, model, task, protocol)
+            _reset(model, optimizer, diverged, k, ~_finite(found.values()))
             alive = torch.tensor([one is None for one in diverged], device=device).view(-1, 1, 1)
             ewc.consolidate({name: (strengths * value).where(alive, 0) for name, value in found.items()})
             spent["importance"] += time.perf_counter() - paused
@@ -180,7 +182,7 @@ def run_stack(
             })  # fmt: skip
         after_task()
     begun = time.perf_counter()
-    per_task = torch.stack([_accuracies(model, data.test_x[:, one.to(device)], data.test_y) for one in pixels], 1)
+    per_task = torch.stack([accuracies_of(model, data.test_x[:, one.to(device)], data.test_y) for one in pixels], 1)
     spent["all"] += time.perf_counter() - begun
     state = optimizer.state_dict()["state"]
     stiffest = torch.stack([value.flatten(1).amax(1) for value in ewc.state_dict()["importance"].values()]).amax(0)
@@ -188,14 +190,19 @@ def run_stack(
         checkpoint.unlink()
     return StackOutcome(
         per_task.tolist(), torch.stack(when_learned, 1).tolist(), spent["all"], spent["importance"],
-        {i: {key: one[key] for key in ("step", "exp_avg", "exp_avg_sq") if key in one} for i, one in state.items()},
+        {i: {key: one[key] for key in _MOMENTS if key in one} for i, one in state.items()},
         diverged, (protocol.lr * stiffest).tolist(),
     )  # fmt: skip
 
 
-def _initial(seed: int, data: Split, protocol: Protocol) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return build_mlp(data.train_x.shape[1], protocol.hidden, int(data.train_y.max()) + 1).to(data.train_x.dtype)
+def initial_stack(seeds: Sequence[int], data: Split, protocol: Protocol) -> StackedMLP:
+    """Each seed's freshly initialised network, on the device of the data."""
+    networks = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        one = build_mlp(data.train_x.shape[1], protocol.hidden, int(data.train_y.max()) + 1)
+        networks.append(one.to(data.train_x.dtype))
+    return StackedMLP(networks).to(data.train_x.device)
 
 
 def _optimizer(
@@ -208,10 +215,20 @@ def _optimizer(
     return fastewc.optim.SGD(named, momentum=0.9 if training.optimizer == "momentum" else 0.0, **options)
 
 
-def _train(
-    model: StackedMLP, optimizer: torch.optim.Optimizer, ewc: fastewc.EWC, task: Split, protocol: Protocol,
-    training: Training, orders: list[torch.Generator],
+def sample_orders(seeds: Sequence[int]) -> list[torch.Generator]:
+    """What draws the order of the samples, for each network of a stack."""
+    return [torch.Generator().manual_seed(10_000 + seed) for seed in seeds]
+
+
+def train_stack(
+    model: StackedMLP, optimizer: torch.optim.Optimizer, task: Split, protocol: Protocol,
+    orders: list[torch.Generator], training: Training | None = None, ewc: fastewc.EWC | None = None,
 ) -> None:  # fmt: skip
+    """``protocol.epochs`` passes over the training set, each network in its own order.
+
+    ``ewc`` is for a training whose penalty is a part of the loss; otherwise the optimizer has it.
+    """
+    training = training or Training()
     group, steps, step = optimizer.param_groups[0], protocol.epochs * -(-len(task.train_y) // protocol.batch), 0
     for _ in range(protocol.epochs):
         epoch = torch.stack([torch.randperm(len(task.train_y), generator=order) for order in orders])
@@ -221,7 +238,7 @@ def _train(
             logits = model(task.train_x[index])
             losses = F.cross_entropy(logits.flatten(0, 1), task.train_y[index].flatten(), reduction="sum")
             loss = losses / index.shape[1]
-            if training.by_loss:
+            if ewc is not None and training.by_loss:
                 loss = loss + ewc.penalty(protocol.lr if training.fixed_alpha else group["lr"])
             optimizer.zero_grad()
             loss.backward()
@@ -257,22 +274,18 @@ def _reset(
                 tensor[s] = 0
 
 
-def _importance(
-    method: Method, model: StackedMLP, optimizer: torch.optim.Optimizer, task: Split, protocol: Protocol
-) -> dict[str, Tensor]:
-    """The importances of all networks by the names of the stack's parameters."""
-    if method.importance == "si":  # the published protocol: ξ = 0.1, with the regularised gradient
-        return dict(fastewc.si_importance(optimizer, damping=0.1))
+def measure_stack(kind: str, model: StackedMLP, task: Split, protocol: Protocol) -> dict[str, Tensor]:
+    """Fisher, MAS or SIG of all networks from the last training samples, by the names of the stack's parameters."""
     last = slice(-protocol.importance_samples, None)
     x, y = task.train_x[last], task.train_y[last]
-    found = [measure_importance(method.importance, model.network(s), x, y) for s in range(len(model.weights[0]))]
+    found = [measure_importance(kind, model.network(s), x, y) for s in range(len(model.weights[0]))]
     stacked = [torch.stack([one[name] for one in found]) for name in found[0]]  # weight, bias, weight, bias, …
     weights = {f"weights.{i}": value for i, value in enumerate(stacked[::2])}
     return weights | {f"biases.{i}": value.unsqueeze(1) for i, value in enumerate(stacked[1::2])}
 
 
 @torch.no_grad()
-def _accuracies(model: StackedMLP, x: Tensor, y: Tensor) -> Tensor:
+def accuracies_of(model: StackedMLP, x: Tensor, y: Tensor) -> Tensor:
     """The share of right answers of each network [S]."""
     S = len(model.weights[0])
     right = [
