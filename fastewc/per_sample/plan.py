@@ -80,8 +80,8 @@ class Planner(Interception):
 
     def decide(self, key: Key, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run it, keep what it gave, and go on as far as is known."""
-        rule, others = rule_of(func), tensors_in((args, kwargs))
-        versions = [] if rule is None else [tensor._version for tensor in others]
+        rule = rule_of(func)
+        before = None if rule is None else rule.reach(args, kwargs)
         result = self.plainly(func, args, kwargs)
         operands = [proxy.operand for proxy in found_proxies((args, kwargs))]
         if all(name in self.plan.given_up for operand in operands for name in operand.names):
@@ -92,8 +92,9 @@ class Planner(Interception):
         if _counts_in_batch(func, args, kwargs):
             for operand in operands:
                 self._refuse(operand.names, "scale_grad_by_freq counts the ids of a whole batch")
-        if rule is not None:
-            for why in rule.misfits(result, wrote=versions != [tensor._version for tensor in others]):
+        if rule is not None and before is not None:
+            why = rule.misfit(result, before, rule.reach(args, kwargs))
+            if why is not None:
                 self._refuse([name for operand in operands for name in operand.names], why)
                 return result
         if any(t.is_complex() for t in tensors_in(result)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.overrides import get_testing_overrides
 
 from fastewc.per_sample import segments
-from fastewc.per_sample.proxy import Proxy, all_tensors, found_proxies, replaced
+from fastewc.per_sample.proxy import Proxy, all_tensors, found_proxies, replaced, tensors_in
 from fastewc.per_sample.rules.base import Call, Use
 from fastewc.per_sample.rules.rerun import apart, put_back
 from fastewc.per_sample.segments import Scale, Segment
@@ -50,9 +50,10 @@ def per_sample_rule(target: Any) -> Callable[[R], R]:
             return {"weight": fastewc.Outer(x, 3 * (x @ weight.T) ** 2 * grad_output)}
 
     The layer itself runs as ever, on constants in place of its parameters, so gradients at inputs are its own. In
-    backward the rule gets the gradient at the result and the arguments of the call as they were in forward, parameters
-    as plain tensors. For a module it gets the module first, with plain tensors for parameters: ``rule(grad_output,
-    layer, x)``. Nothing in a rule is differentiated; autocast is as it was in forward.
+    backward the rule gets the gradient at the result, and the arguments of the call as they were in forward (for
+    operators and torch functions in the order of the signature) with plain tensors for parameters. For a module it gets
+    the module first, which then has plain tensors too: ``rule(grad_output, layer, x)``. Nothing in a rule is
+    differentiated; autocast is as it was in forward.
 
     It returns an entry for every parameter that takes part: by the name of the argument in the signature of ``forward``
     or of the operator ("weights[0]" in a list), by its name inside the module ("weight", "sub.bias"; of a parameter
@@ -61,27 +62,28 @@ def per_sample_rule(target: Any) -> Callable[[R], R]:
     were a sample; those of one sample are then added up. Where a result has the samples elsewhere, its parameters go
     sample by sample ("batch-1" in ``report``, with this reason).
 
-    A rule answers for all that its layer does with its parameters. What a layer keeps beside its result (a state, an
-    auxiliary loss) is constant. Run a new rule once with ``verify=True``, which compares it with autograd.
-    ``impl="reference"`` and ``signal_importance`` use no rules.
+    A rule answers for the result alone. Where a call writes into its arguments or keeps tensors (a state, an auxiliary
+    loss), its parameters go sample by sample too. Run a new rule once with ``verify=True``, which compares it with
+    autograd. ``impl="reference"`` and ``signal_importance`` use no rules.
 
     Args:
         target: what the rule is for; a later one for the same target takes its place, as in torch.library.
 
             * a torch.autograd.Function: where it is called as ``Cube.apply(...)``, not by an alias of ``Cube.apply``
-            * an nn.Module class: its ``forward``, inside of hooks; also with what its submodules do
+            * an nn.Module class: its ``forward``, inside of hooks; also for what its submodules do; not where the
+              instance has another forward, which then goes function by function
             * a custom operator: what torch.library.custom_op returns, torch.ops.x.y or an overload; one stands for all
             * a torch function: replaces its own rule
 
             A class stands for its subclasses without a rule. The result is a tensor, or a tuple with one
-            floating-point tensor.
+            floating-point tensor. Activation checkpoints may be around a module; those inside of it are refused.
 
     Returns:
         A decorator that gives the rule back.
 
     Raises:
-        TypeError: a target of another kind, or one that writes into its arguments; a rule that is not callable. In a
-            pass: a rule that returns something else.
+        TypeError: a target of another kind, or a function that writes into its arguments; a rule that is not callable.
+            In a pass: a rule that returns something else.
         ValueError: in a pass: a parameter without an entry, an entry for no parameter, shapes that do not fit.
     """
     make = _maker(target)
@@ -105,13 +107,17 @@ class UserRule:
 
     def named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """By name: all arguments, the parameters among them."""
-        count, names = len(args), kwargs.keys()
-        fitting = (s for s in self._signatures if count <= len(s.parameters) and names <= s.parameters.keys())
-        return _leaves(next(fitting, self._signatures[0]).bind(*args, **kwargs).arguments)
+        return _leaves(self._bound(args, kwargs).arguments)
 
     def ask(self, g: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What the rule says; no argument is a stand-in."""
-        return self.rule(g, *args, **kwargs)
+        bound = self._bound(args, kwargs)  # torch names arguments that its caller has not
+        return self.rule(g, *bound.args, **bound.kwargs)
+
+    def _bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+        count, names = len(args), kwargs.keys()
+        fitting = (s for s in self._signatures if count <= len(s.parameters) and names <= s.parameters.keys())
+        return next(fitting, self._signatures[0]).bind(*args, **kwargs)
 
     def uses(self, call: Call) -> list[Use]:
         """One for each parameter; when the first of them makes its segment, the rule is asked for all."""
@@ -135,13 +141,18 @@ class UserRule:
 
         return [Use(operand, tensors, partial(segment, name)) for name, operand in operands.items()]
 
-    def misfits(self, result: Any, *, wrote: bool) -> Iterator[str]:
-        """Why the rule can't be used for a call; ``wrote``: into what it was given."""
-        if wrote:
-            yield f"{self.name} writes into its arguments, which its rule does not see"
+    def reach(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Tensor, int]]:
+        """Tensors that a call might replace or, with their versions, write into."""
+        return [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
+
+    def misfit(self, result: Any, before: list[tuple[Tensor, int]], after: list[tuple[Tensor, int]]) -> str | None:
+        """Why the rule can't be used for a call, if so; what was in its reach before it and after."""
+        if len(before) != len(after) or any(a is not b or v != w for (a, v), (b, w) in zip(before, after, strict=True)):
+            return f"{self.name} writes into its arguments or keeps tensors, which its rule does not see"
         parts = result if type(result) is tuple else (result,)
         if len(all_tensors(result)) != sum(isinstance(part, Tensor) for part in parts):
-            yield f"the rule for {self.name} needs a tensor or a tuple as the result, not {type(result).__name__}"
+            return f"the rule for {self.name} needs a tensor or a tuple as the result, not {type(result).__name__}"
+        return None
 
     def _checked(self, found: Any, known: Sequence[str], wanted: Mapping[str, Any]) -> Mapping[str, Any]:
         rule = f"the rule for {self.name}"
@@ -178,13 +189,20 @@ class ClassRule(UserRule):
             found = {**dict(owner.named_parameters(remove_duplicate=False)), **inner}
         if not found_proxies((args, kwargs)):
             return found
-        if not isinstance(owner, nn.Module):
-            context = [None] if owner.setup_context is Function.setup_context else []  # forward(ctx, ...), or without
-            run, args = owner.forward, [*context, *args]
-        own = _leaves(inspect.signature(run).bind(*args, **kwargs).arguments)
+        context = not isinstance(owner, nn.Module) and owner.setup_context is Function.setup_context
+        run = run if isinstance(owner, nn.Module) else owner.forward
+        own = _leaves(inspect.signature(run).bind(*[None] * context, *args, **kwargs).arguments)
+        if context:
+            del own[next(iter(own))]
         if twice := found.keys() & own.keys():
             raise ValueError(f"the rule for {self.name}: {', '.join(twice)} names both a parameter and an argument")
         return found | own
+
+    def reach(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Tensor, int]]:
+        """See above; attributes too. Buffers may be written into."""
+        modules = args[0].modules() if isinstance(args[0], nn.Module) else ()
+        kept = [tensor for module in modules for tensor in all_tensors(vars(module)) if tensor.dtype.is_floating_point]
+        return super().reach(args, kwargs) + [(tensor, 0) for tensor in kept]
 
     def ask(self, g: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """See above."""
