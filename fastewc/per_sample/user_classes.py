@@ -54,7 +54,7 @@ def _stand_ins(module: nn.Module) -> list[tuple[str, dict[str, Any], str]]:
     """Name, dict and key of every stand-in in a module: of parameters, and what a hook made of them (weight_norm)."""
     return [
         (f"{prefix}.{key}" if prefix else key, slots, key)
-        for prefix, owner in module.named_modules(remove_duplicate=False)
+        for prefix, owner in module.named_modules()
         for slots in (owner._parameters, vars(owner))
         for key, value in slots.items()
         if isinstance(value, Proxy)

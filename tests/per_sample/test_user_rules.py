@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastewc import Outer, mas_importance, per_sample_rule
-from tests.per_sample.checking import Cube, Lambda, assert_exact, floats, weight
+from tests.per_sample.checking import Cube, Lambda, assert_exact, assert_importance, floats, weight
 from tests.per_sample.own_layers import (
     TOKENS,
     CubeLayer,
@@ -160,6 +160,8 @@ def test_parameters_shared_inside_a_module_and_with_others():
     shared = between(lambda m, x: m.pair(x), pair=Pair())
     shared.pair.second = shared.pair.first
     assert_by_rule(shared, TOKENS(), {"pair.first.weight", "pair.first.bias"})
+    shared.pair.first.bias.requires_grad_(False)
+    assert_by_rule(shared, TOKENS(), {"pair.first.weight"})
 
 
 def test_frozen_and_excluded_parameters():
@@ -283,6 +285,14 @@ def test_an_outer_of_weights_that_are_no_matrix():
         return {"other": Outer(x.new_ones(len(x), 1), grad_output * x)}
 
     assert_by_rule(Lambda(lambda m, x: x.mul(m.w), w=weight(4)), floats(6, 4)(), {"w"})
+
+
+def test_the_wider_dtype_of_an_outer_counts():
+    model, x = Lambda(lambda m, x: Cube.apply(x, m.w), w=weight(4, 4)).eval(), TOKENS()
+    per_sample_rule(Cube)(lambda g, x, w: {"w": Outer(x, g.sign().bfloat16())})
+    got = mas_importance(model, [x])
+    per_sample_rule(Cube)(lambda g, x, w: {"w": torch.einsum("nto,nti->noi", g.sign(), x)})
+    assert_importance(got, {name: value.double() for name, value in mas_importance(model, [x]).items()}, roundings=32)
 
 
 # ── where the samples are ──
