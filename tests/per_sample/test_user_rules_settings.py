@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import fastewc
 from fastewc import Outer, fisher_importance, mas_importance, per_sample_rule, signal_importance
 from tests.per_sample.checking import Cube, assert_exact, assert_importance, naive, paths, scales_of, weight
 from tests.per_sample.own_layers import (
@@ -273,7 +272,7 @@ def test_rules_that_are_no_functions(rules):
 
 
 def test_the_example_of_the_readme(capsys):
-    text = (Path(fastewc.__file__).parents[1] / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "README.md").read_text()
     (code,) = re.findall(r"### Rules for your own layers.*?```python\n(.*?)```", text, re.DOTALL)
     exec(compile(code, "README.md", "exec"), {})
     assert re.findall(r"print\(.*\)  # (.*)\n", code) == capsys.readouterr().out.splitlines()
