@@ -17,6 +17,8 @@ from fastewc.per_sample.plan import Plan, Planner
 from fastewc.per_sample.proxy import Gate, Operand, Proxy, Slot, Slots, Tap, found_proxies, tensors_in
 from fastewc.per_sample.rules import RULES, Call, Use, rerun
 from fastewc.per_sample.segments import Outer, Pulled, Rows, Segment, Sloped, Within, add_explicitly, add_tied, powers
+from fastewc.per_sample.user_classes import intercepted
+from fastewc.per_sample.user_rules import UserRule, class_rules, rule_of
 
 #: Bytes that the largest activation of a part of a batch may have on a CPU: about what its caches hold, and what malloc
 #: takes from pages that it has (glibc: up to 32 MB; fresh ones cost more than most kernels).
@@ -90,7 +92,7 @@ class PerSampleSums(Interception):
     def watch(self, run: Callable[[int], None]) -> None:
         """Find out how the model uses its parameters; see :meth:`Planner.watch`."""
         planner = Planner()
-        with self._stand_ins(planner).in_place():
+        with intercepted(self._module, class_rules()), self._stand_ins(planner).in_place():
             self._plan = planner.watch(run)
         self._walked = False
         for name, why in self._plan.given_up.items():
@@ -138,7 +140,7 @@ class PerSampleSums(Interception):
         self._root = torch.zeros((), device=next(iter(self._parameters.values())).device, requires_grad=True)
         self._leaves = [self._root]
         self._slots = self._slots or self._stand_ins(self)
-        with self._slots.in_place() as slots:
+        with intercepted(self._module, class_rules()), self._slots.in_place() as slots:
             for term in forward():
                 self.terms += 1
                 if not term.value.requires_grad:
@@ -223,14 +225,14 @@ class PerSampleSums(Interception):
                 self._unknown(args, kwargs, result)
             return result
         whole = result = self.plainly(func, args, kwargs)
-        index = None
+        index, own = None, rule_of(func)
         if isinstance(whole, tuple):  # the plan knows the only tensor in it that can have a gradient
             index = next(i for i, t in enumerate(whole) if isinstance(t, Tensor) and t.is_floating_point())
             result, func = whole[index], _part_of(func, index)
         if not decision.fits(result.shape, self._samples):
             raise Unforeseen
         call = Call(func, args, kwargs, result, decision, self._samples)
-        uses = self._uses(call)
+        uses = self._uses(call, own)
         call.forget()
         tapped = self._tapped(result, uses)
         return tapped if index is None else (*whole[:index], tapped, *whole[index + 1 :])
@@ -240,10 +242,12 @@ class PerSampleSums(Interception):
         if any(t.is_floating_point() for t in tensors_in(result)) and names - self.given_up.keys():
             raise Unforeseen
 
-    def _uses(self, call: Call) -> list[Use]:
-        rule = RULES.get(call.func)
+    def _uses(self, call: Call, own: UserRule | None) -> list[Use]:
+        rule = RULES.get(call.func) if own is None else own.uses
         uses = None if rule is None else rule(call)
         path = ("fused", "reduced in backward, instead of its gradient")
+        if own is not None:
+            path = ("fused", f"reduced in backward by your rule for {own.name}")
         if uses is None:
             uses, self._reran = rerun(call), True
             path = ("op", f"{getattr(call.func, '__name__', call.func)} is differentiated for each sample of a batch")
@@ -284,6 +288,8 @@ class PerSampleSums(Interception):
                 return
             for operand, make, own in kept:
                 segment = make(g, *(tensors[i] for i in own))
+                if segment is None:
+                    continue
                 for name in operand.names:
                     self._waiting.setdefault(name, []).append((operand, segment))
             for name in single:

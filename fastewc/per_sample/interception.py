@@ -25,6 +25,7 @@ from fastewc.per_sample.proxy import (
     tensors_in,
 )
 from fastewc.per_sample.unrolled import unrolled
+from fastewc.per_sample.user_rules import rule_of
 
 #: Functions that move entries of their first argument, and do not change, mix or repeat them.
 MOVES = frozenset(
@@ -107,7 +108,7 @@ class Interception:
         """The function's result."""
         if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap, grad: tensors there hide the samples
             return self.escape(func, args, kwargs, f"{name_of(func)} inside a transform of torch.func")
-        inside = opened(func) or unrolled(func, args)
+        inside = None if rule_of(func) else opened(func) or unrolled(func, args)
         if inside is not None:
             return inside(*args, **kwargs)
         if writes(func, kwargs):

@@ -20,6 +20,7 @@ from fastewc.per_sample.interception import COMPLEX, Interception, Key, name_of
 from fastewc.per_sample.layout import Layout, Unclear, confirmed, layout_of
 from fastewc.per_sample.picking import Picking
 from fastewc.per_sample.proxy import Operand, found_proxies, replaced, tensors_in
+from fastewc.per_sample.user_rules import rule_of
 
 Decision = Layout | Literal["derived"]
 _RUNS = 12
@@ -79,6 +80,8 @@ class Planner(Interception):
 
     def decide(self, key: Key, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run it, keep what it gave, and go on as far as is known."""
+        rule = rule_of(func)
+        before = None if rule is None else rule.reach(args, kwargs)
         result = self.plainly(func, args, kwargs)
         operands = [proxy.operand for proxy in found_proxies((args, kwargs))]
         if all(name in self.plan.given_up for operand in operands for name in operand.names):
@@ -89,6 +92,11 @@ class Planner(Interception):
         if _counts_in_batch(func, args, kwargs):
             for operand in operands:
                 self._refuse(operand.names, "scale_grad_by_freq counts the ids of a whole batch")
+        if rule is not None and before is not None:
+            why = rule.misfit(result, before, rule.reach(args, kwargs))
+            if why is not None:
+                self._refuse([name for operand in operands for name in operand.names], why)
+                return result
         if any(t.is_complex() for t in tensors_in(result)):
             return self.escape(func, args, kwargs, COMPLEX)
         tensors = [t for t in tensors_in(result) if t.is_floating_point()]
@@ -138,7 +146,7 @@ class Planner(Interception):
         right, unclear = alone.keys() == together.keys(), dict[Key, Unclear]()
         for key in alone.keys() & together.keys():
             try:
-                self.plan.decisions[key] = decision = self._decided(alone[key], together[key])
+                self.plan.decisions[key] = decision = self._decided(key[0], alone[key], together[key])
             except Unclear as error:
                 unclear[key] = error
             else:
@@ -150,7 +158,7 @@ class Planner(Interception):
                 self._give_up({key: None}, f"{name_of(key[0])}: {why}")
         return right
 
-    def _decided(self, alone: list[Any], together: list[Any]) -> Decision:
+    def _decided(self, func: Callable[..., Any], alone: list[Any], together: list[Any]) -> Decision:
         if len(alone) != len(together):
             raise Unclear("it is called more often for more samples")
         found: set[Decision] = set()
@@ -167,7 +175,10 @@ class Planner(Interception):
                 found.add(_confirmed(layout, one, two, list(zip(given, given_too, strict=True))))
         if len(found) != 1:
             raise Unclear("its results have the samples in different places")
-        return found.pop()
+        decision = found.pop()
+        if isinstance(decision, Layout) and (decision.dim or decision.merged == "minor") and rule_of(func) is not None:
+            raise Unclear("its rule needs the samples in dimension 0, one after the other")
+        return decision
 
     def _give_up(self, keys: dict[Key, Any], why: str) -> None:
         for key in keys:

@@ -228,17 +228,26 @@ def _gather(content: Any, found: list[Tensor]) -> None:
             _gather(part, found)
 
 
-def replaced(content: Any, change: Callable[[Proxy], Tensor]) -> Any:
+def replaced(content: Any, change: Callable[[Proxy], Any]) -> Any:
     """The same nested arguments with something else in place of each proxy."""
-    if isinstance(content, Proxy):
-        return change(content)
-    if isinstance(content, tuple) and hasattr(content, "_fields"):
-        return type(content)(*(replaced(part, change) for part in content))
-    if isinstance(content, (tuple, list)):
-        return type(content)(replaced(part, change) for part in content)
+    return mapped(content, lambda leaf: change(leaf) if isinstance(leaf, Proxy) else leaf)
+
+
+def mapped(content: Any, change: Callable[[Any], Any]) -> Any:
+    """Nested arguments with ``change`` of every leaf; a container in which nothing changes is the same object.
+
+    A function may write into a list that it is given, and means the caller's.
+    """
     if isinstance(content, dict):
-        return {key: replaced(part, change) for key, part in content.items()}
-    return content
+        values = [mapped(part, change) for part in content.values()]
+        same = all(a is b for a, b in zip(values, content.values(), strict=True))
+        return content if same else dict(zip(content, values, strict=True))
+    if not isinstance(content, (tuple, list)):
+        return change(content)
+    parts = [mapped(part, change) for part in content]
+    if all(a is b for a, b in zip(parts, content, strict=True)):
+        return content
+    return type(content)(*parts) if hasattr(content, "_fields") else type(content)(parts)
 
 
 class Slots:
