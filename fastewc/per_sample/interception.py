@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastewc.per_sample.batch_one import leaves_behind
 from fastewc.per_sample.layout import broadcasts
 from fastewc.per_sample.proxy import Operand, Picked, Proxy, all_tensors, found_proxies, replaced, tensors_in
 from fastewc.per_sample.unrolled import unrolled
@@ -44,6 +45,8 @@ FILLS = frozenset(
         "addcmul_", "addcdiv_", "clamp_min_", "clamp_max_", "__setitem__",
     }
 )  # fmt: skip
+#: Functions that can't be answered for a parameter: its stand-in has no gradient, and may be of many.
+REFUSED = frozenset({"__set__", "backward", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
 #: Functions whose result is a constant to autograd.
 CONSTANTS = frozenset({"detach", "data", "numpy", "item", "tolist"})
 
@@ -92,10 +95,34 @@ def opened(func: Callable[..., Any]) -> Callable[..., Any] | None:
 class Interception:
     """Runs functions for proxies. Subclasses say what is batched and what is made of parameters alone."""
 
+    active = False
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        self._names = names  # of the parameters, by id
+
+    def names_of(self, leaves: Iterable[Tensor]) -> set[str]:
+        """Of the parameters that are among these tensors, or that proxies among them stand for."""
+        names: set[str] = set()
+        for leaf in leaves:
+            if isinstance(leaf, Proxy):
+                names.update(leaf.operand.names)
+            elif id(leaf) in self._names:
+                names.add(self._names[id(leaf)])
+        return names
+
+    def names_behind(self, tensors: Iterable[Tensor]) -> set[str]:
+        """Of the parameters that gradients at these tensors would go on to, by ways that torch alone knows."""
+        return self.names_of(leaf for tensor in tensors for leaf in leaves_behind(tensor))
+
     def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The function's result."""
         if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap, grad: tensors there hide the samples
             return self.escape(func, args, kwargs, f"{name_of(func)} inside a transform of torch.func")
+        if name_of(func) in REFUSED:
+            raise NotImplementedError(
+                f"the forward calls {name_of(func)} on a parameter, or on what it made of one, which has no gradient "
+                "while whole batches are measured. Use impl='reference', which takes every sample by itself"
+            )
         inside = opened(func) or unrolled(func, args)
         if inside is not None:
             return inside(*args, **kwargs)
@@ -128,6 +155,9 @@ class Interception:
         if found_proxies((args, kwargs)):
             return self.escape(func, args, kwargs, why)
         return func(*args, **kwargs)
+
+    def made(self, proxy: Proxy) -> None:
+        """There is a stand-in for something that was made of parameters."""
 
     def rewritten(self, operand: Operand, *, alone: bool) -> None:
         """The memory of something made of parameters is about to change; ``alone``: by nothing but numbers."""
@@ -188,7 +218,9 @@ class Interception:
             names = tuple(dict.fromkeys(name for operand in operands for name in operand.names))
             leaves = {name: leaf for operand in operands for name, leaf in operand.leaves.items()}
             key = name if index is None else f"{name}[{index}]"
-            return Proxy.of(Operand(key, names, tensor, view, leaves, picked, slope, constant), self)
+            proxy = Proxy.of(Operand(key, names, tensor, view, leaves, picked, slope, constant), self)
+            self.made(proxy)
+            return proxy
 
         if isinstance(result, (tuple, list)):
             return type(result)(wrap(tensor, i) for i, tensor in enumerate(result))

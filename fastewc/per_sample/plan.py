@@ -8,7 +8,7 @@ parameter's gradients are taken sample by sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -39,12 +39,13 @@ class Plan:
 class Planner(Interception):
     """Watches a model run with one sample (``alone``) and with two, and makes a :class:`Plan`."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__(names)
         self.plan = Plan()
         self._samples = 0
         self._seen: dict[int, dict[Key, list[Any]]] = {1: {}, 2: {}}
         self._treated: dict[Key, set[bool]] = {}  # as derived or not, in the latest two runs
-        self._names: dict[str, tuple[str, ...]] = {}  # of the parameters behind an operand
+        self._made_of: dict[str, tuple[str, ...]] = {}  # operand -> names of its parameters
         self._picking = Picking()
         self._before: Any = None  # what the latest two runs called, and how it was treated
         self._met: dict[int, Tensor] = {}  # memory, kept, of what samples have met in this run
@@ -63,16 +64,14 @@ class Planner(Interception):
             self._give_up(self._seen[1], "the functions that a forward calls depend on the number of samples")
         for key, calls in self._seen[1].items():
             if isinstance(self.plan.decisions.get(key), Layout):
-                for name in {name for operand in key[1] for name in self._names[operand]}:
+                for name in {name for operand in key[1] for name in self._made_of[operand]}:
                     self.plan.uses[name] = self.plan.uses.get(name, 0) + len(calls)
         return self.plan
 
     def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The function's result; what was made under no_grad is a constant outside of it."""
         if torch.is_grad_enabled() and any(proxy.operand.constant for proxy in found_proxies((args, kwargs))):
-            args, kwargs = replaced(
-                (args, kwargs), lambda proxy: proxy.operand.plain if proxy.operand.constant else proxy
-            )
+            args, kwargs = replaced((args, kwargs), lambda proxy: proxy.itself if proxy.operand.constant else proxy)
             if not found_proxies((args, kwargs)):
                 return func(*args, **kwargs)
         return super().call(func, args, kwargs)
@@ -100,8 +99,15 @@ class Planner(Interception):
         if decision is None:
             decision = "derived" if self._looks_derived(key, args, kwargs, tensors) else None
         self._treated.setdefault(key, set()).add(decision == "derived")
-        self._names.update((proxy.operand.key, proxy.operand.names) for proxy in found_proxies((args, kwargs)))
+        self._made_of.update((proxy.operand.key, proxy.operand.names) for proxy in found_proxies((args, kwargs)))
         if decision == "derived":
+            if behind := self.names_behind(tensors_in((args, kwargs))):
+                names = (*behind, *(name for operand in operands for name in operand.names))
+                self._refuse(
+                    names,
+                    f"{name_of(func)} of it and of what was made of a parameter in a way that no torch function shows",
+                )
+                return result
             return self.derived(key, func, args, kwargs)
         self._met.update((operand.value.untyped_storage().data_ptr(), operand.value) for operand in operands)
         return result
@@ -171,7 +177,7 @@ class Planner(Interception):
 
     def _give_up(self, keys: dict[Key, Any], why: str) -> None:
         for key in keys:
-            self._refuse([name for operand in key[1] for name in self._names[operand]], why)
+            self._refuse([name for operand in key[1] for name in self._made_of[operand]], why)
 
     def _refuse(self, names: Sequence[str], why: str) -> None:
         for name in names:
