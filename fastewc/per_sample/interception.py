@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastewc.per_sample.batch_one import leaves_behind
 from fastewc.per_sample.layout import broadcasts
-from fastewc.per_sample.proxy import Operand, Picked, Proxy, all_tensors, found_proxies, replaced, tensors_in
+from fastewc.per_sample.proxy import Operand, Picked, Proxy, found_proxies, replaced, tensors_in
 from fastewc.per_sample.unrolled import unrolled
 
 #: Functions that move entries of their first argument, and do not change, mix or repeat them.
@@ -29,7 +29,7 @@ MOVES = frozenset(
 CASTS = frozenset(
     {"to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "cpu", "cuda", "alias"}
 )
-#: Functions of each entry, whatever else they are given being numbers.
+#: Functions of each entry, whatever else they are given being constants.
 ELEMENTWISE = frozenset(
     {
         "abs", "add", "clamp", "clamp_max", "clamp_min", "clip", "cos", "div", "divide", "elu", "exp", "exp2", "expm1",
@@ -136,6 +136,8 @@ class Interception:
                 return func(*args, **kwargs)
         proxies = found_proxies((args, kwargs))
         others = tensors_in((args, kwargs))
+        if any(tensor.is_nested for tensor in others):
+            return self.escape(func, args, kwargs, f"{name_of(func)} of a nested tensor, which hides the samples")
         operands = dict.fromkeys(proxy.operand.key for proxy in proxies)
         key = (func, tuple(operands), tuple(t.ndim for t in others))
         return self.decide(key, func, args, kwargs)
@@ -207,13 +209,12 @@ class Interception:
         name = f"{name_of(func)}({', '.join(operand.key for operand in operands)})"
         if len(name) > _LONGEST:  # of what is made of itself again and again
             name = hashlib.sha256(name.encode()).hexdigest()
-        moves = len(operands) == 1 and args and isinstance(args[0], Proxy)
 
         def wrap(tensor: Any, index: int | None) -> Any:
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.requires_grad:
                 return tensor
             view, picked, slope = None, None, None
-            if moves:
+            if len(operands) == 1:
                 view, picked, slope = _entries(operands[0], func, args, kwargs, tensor, index)
             names = tuple(dict.fromkeys(name for operand in operands for name in operand.names))
             leaves = {name: leaf for operand in operands for name, leaf in operand.leaves.items()}
@@ -243,15 +244,16 @@ def _entries(
     before = source.view
     if before is None:
         return None, None, None
-    move = _move(source, func, args, kwargs, result, index)
+    first = bool(args) and isinstance(args[0], Proxy)
+    move = _move(source, func, args, kwargs, result, index) if first else None
     if move is _itself:
         return before, source.picked, source.slope
     if move is not None:
         return lambda whole: move(before(whole)), source.picked, None if source.slope is None else move(source.slope)
-    slope = _slope(source, func, args, kwargs, result)
+    slope = _slope(source, func, result)
     if slope is not None:
         return before, None, slope
-    picked = _picked(source, func, args, kwargs, result)
+    picked = _picked(source, func, args, kwargs, result) if first else None
     return None if picked is None else _itself, picked, None
 
 
@@ -275,12 +277,10 @@ def _move(
     return move
 
 
-def _slope(
-    source: Operand, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Tensor
-) -> Tensor | None:
+def _slope(source: Operand, func: Callable[..., Any], result: Tensor) -> Tensor | None:
     """Of a function of each entry, by the parameter's entries; None if it was something else."""
     known = source.picked is None and name_of(func).strip("_") in ELEMENTWISE
-    if not known or result.shape != source.value.shape or len(all_tensors((args, kwargs))) > 1:
+    if not known or result.shape != source.value.shape:
         return None
     (slope,) = torch.autograd.grad(result, source.value, torch.ones_like(result), retain_graph=True)
     return slope if source.slope is None else slope * source.slope

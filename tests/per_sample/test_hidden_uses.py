@@ -91,6 +91,9 @@ FORWARDS = {
     "force": force,
     "complex numbers": lambda m, x: (m.first(x) * torch.complex(m.w, m.w.cos())).real,
     "spectrum": spectrum,
+    "nested": lambda m, x: (
+        torch.nested.to_padded_tensor(m.first(torch.nested.nested_tensor(list(x[:, None]))), 0) * m.w
+    ),
     "masked_fill": lambda m, x: m.first(x).masked_fill(x > 0, m.w.sum()),
     "masked_fill of a number": lambda m, x: m.first(x).masked_fill(x > 0, m.number) * m.w,
     "a part is filled": part_filled,
@@ -99,6 +102,7 @@ FORWARDS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("name", FORWARDS)
 def test_exact_or_refused(name):
     parts = {"first": nn.Linear(4, 4), "w": weight(4), "u": weight(4), "number": nn.Parameter(torch.randn([]))}

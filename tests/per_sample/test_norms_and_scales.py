@@ -69,6 +69,10 @@ def by(forward, *shape, **parts):
     return lambda: Lambda(forward, w=weight(*shape), **parts)
 
 
+def constant(*shape):
+    return nn.Parameter(torch.rand(shape), requires_grad=False)
+
+
 def scalar():
     return nn.Parameter(torch.randn(()))
 
@@ -142,6 +146,12 @@ RAW = {
     "halved": (by(lambda m, x: x * (m.w / 2) + 3 * m.w, 4), TOKENS),
     "sub with alpha": (by(lambda m, x: torch.sub(x, m.w, alpha=2), 4), TOKENS),
     "1 + w, used twice": (by(lambda m, x: (lambda w: (x * w).tanh() + w)(1.0 + m.w), 4), TOKENS),
+    "times constants": (
+        by(lambda m, x: x * (m.w * m.c) + x.sin() * (m.c / m.w) + (m.w - m.c).abs().pow(m.c), 4, c=constant(4)), TOKENS,
+    ),
+    "times a constant of more entries": (by(lambda m, x: x * (m.w * m.c).sum(0), 4, c=constant(3, 4)), TOKENS),
+    "pruned matrix": (by(lambda m, x: F.linear(x, (m.c > 0) * m.w) @ m.w, 4, 4, c=constant(4, 4)), TOKENS),
+    "straight through": (by(lambda m, x: F.linear(x, m.w + (m.w.round() - m.w).detach()), 3, 4), TOKENS),
     "matrix of functions": (by(lambda m, x: F.linear(x, 2 * m.w.sigmoid()), 3, 4), TOKENS),
     "matrix of functions, transposed": (by(lambda m, x: x @ (-m.w.exp()).T[:, 1:], 3, 4), TOKENS),
     "a matrix and a function of it": (by(lambda m, x: F.linear(x.sin() @ m.w.exp().T, m.w.T), 3, 4), TOKENS),
@@ -188,6 +198,7 @@ RAW = {
 }  # fmt: skip
 OP = {
     "w * itself": {"w"},
+    "times a constant of more entries": {"w"},
     "two weights": {"w", "u"},
     "normalised weight": {"w"},
     "rows of a function of a table": {"w"},
