@@ -124,14 +124,13 @@ class Planner(Interception):
         return super().escape(func, args, kwargs, why)
 
     def _looks_derived(self, key: Key, args: Sequence[Any], kwargs: dict[str, Any], results: list[Tensor]) -> bool:
-        """With one sample: as large as with two. Before that a guess, that :meth:`_settle` corrects.
+        """As large as in the latest run of the other number of samples; before that a guess that :meth:`_settle` mends.
 
         Nothing else took part, and there is nothing in it with the number of samples, or not more than in a parameter.
         """
-        if self._samples == 1:
-            twos, index = self._seen[2].get(key, []), len(self._seen[1][key]) - 1
-            if index < len(twos):
-                return [t.shape for t in twos[index][0]] == [t.shape for t in results]
+        before, index = self._seen[3 - self._samples].get(key, []), len(self._seen[self._samples][key]) - 1
+        if index < len(before):
+            return [t.shape for t in before[index][0]] == [t.shape for t in results]
         others = tensors_in((args, kwargs))
         alone = not any(t.is_floating_point() for t in others)
         most = 0 if others else max(proxy.numel() for proxy in found_proxies((args, kwargs)))
@@ -144,7 +143,7 @@ class Planner(Interception):
         right, unclear = alone.keys() == together.keys(), dict[Key, Unclear]()
         for key in alone.keys() & together.keys():
             try:
-                self.plan.decisions[key] = decision = self._decided(alone[key], together[key])
+                self.plan.decisions[key] = decision = self._decided(key, alone[key], together[key])
             except Unclear as error:
                 unclear[key] = error
             else:
@@ -156,8 +155,11 @@ class Planner(Interception):
                 self._give_up({key: None}, f"{name_of(key[0])}: {why}")
         return right
 
-    def _decided(self, alone: list[Any], together: list[Any]) -> Decision:
+    def _decided(self, key: Key, alone: list[Any], together: list[Any]) -> Decision:
         if len(alone) != len(together):
+            shapes = {tuple(tensor.shape for tensor in results) for results, _ in (*alone, *together)}
+            if not key[2] and len(shapes) == 1:  # no tensor takes part: samples do not, however often it is called
+                return "derived"
             raise Unclear("it is called more often for more samples")
         found: set[Decision] = set()
         for (ones, given), (twos, given_too) in zip(alone, together, strict=True):

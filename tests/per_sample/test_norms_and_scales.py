@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, parametrize
 
 from tests.per_sample.checking import Lambda, assert_exact, floats, weight, with_statistics
 
@@ -254,26 +253,3 @@ def test_zero_weights_where_samples_share_a_dimension():
         nn.init.zeros_(p)
     nn.init.normal_(model.a.weight)
     assert_exact(model.double().eval(), TOKENS().double())
-
-
-class Doubled(nn.Module):
-    def forward(self, w):
-        return w.tril() + w.tril(-1).mT
-
-
-@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "orthogonal", "own"])
-def test_parametrized(name):
-    layer = nn.Linear(4, 4)
-    if name == "own":
-        parametrize.register_parametrization(layer, "weight", Doubled())
-    else:
-        layer = getattr(parametrizations, name)(layer)
-    model = nn.Sequential(layer, nn.Tanh()).double().eval()
-    made = {n for n, _ in model.named_parameters() if "parametrizations" in n}
-    assert_exact(model, TOKENS().double(), op=made)
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
-def test_old_weight_norm():
-    layer = nn.utils.weight_norm(nn.Linear(4, 4))
-    assert_exact(nn.Sequential(layer, nn.Tanh()).double().eval(), TOKENS().double(), op={"0.weight_g", "0.weight_v"})
