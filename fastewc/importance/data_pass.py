@@ -17,7 +17,14 @@ from fastewc.distributed import Ranks
 from fastewc.importance.base import Importance, Report
 from fastewc.importance.batches import Batch, check_data, read_batch
 from fastewc.importance.evaluate import Evaluated, Evaluator, Forward
-from fastewc.importance.guards import check_model, kept_buffers, refuse_randomness, undisturbed, wanted_parameters
+from fastewc.importance.guards import (
+    check_model,
+    kept_buffers,
+    refuse_randomness,
+    undisturbed,
+    unwritten,
+    wanted_parameters,
+)
 from fastewc.importance.mixing import computes_narrow, refuse_mixing
 from fastewc.importance.verify import compare_with_single_samples
 
@@ -117,15 +124,18 @@ def _run_pass(model: nn.Module, data: Any, options: PassOptions, method: str, ma
         evaluator = Evaluator(unwrap(model), options.forward)
         measure = make(evaluator, parameters)
 
-        def look(batch: Batch) -> None:
-            _look_first(evaluator, batch, measure, options.allow_dropout, what)
-            if options.verify:
-                narrow = computes_narrow(evaluator.module, device)
-                compare_with_single_samples(
-                    lambda: make(evaluator, parameters), batch, narrow=narrow, generator=options.generator, what=what
-                )
+        with undisturbed(evaluator.module), unwritten(evaluator.module, what) as refuse_writes:
 
-        with undisturbed(evaluator.module):
+            def look(batch: Batch) -> None:
+                _look_first(evaluator, batch, measure, options.allow_dropout, what)
+                refuse_writes()
+                if options.verify:
+                    narrow = computes_narrow(evaluator.module, device)
+                    compare_with_single_samples(
+                        lambda: make(evaluator, parameters), batch, narrow=narrow, generator=options.generator,
+                        what=what,
+                    )  # fmt: skip
+
             samples = _read(data, device, options, ranks.share(options.max_samples), measure, look)
         detached = measure.nothing_measured()
     names = list(measure.sums)

@@ -16,6 +16,7 @@ from fastewc.per_sample import BatchOneSums, PerSampleSums, Term, Unforeseen, ze
 
 _JOINED_BYTES = 1 << 26  # of a joined batch at most
 _BY_SAMPLE = ("batch-1", "one backward pass per sample through autograd")
+_SOME_BY_SAMPLE = ("batch-1", "the forward did for some of the samples what it did for no others")
 
 
 class SampleMeasure:
@@ -41,6 +42,7 @@ class SampleMeasure:
         self._whole = None if impl == "reference" else self._engine(impl)
         self._single: dict[frozenset[str], BatchOneSums] = {}
         self._waiting: Joined | None = None
+        self._unforeseen = False  # that some samples had to go one by one, all parameters of them
 
     def _engine(self, impl: Impl) -> PerSampleSums:
         return PerSampleSums(
@@ -129,6 +131,7 @@ class SampleMeasure:
     def _add_part(self, engine: PerSampleSums, part: Batch) -> None:
         with self.redrawn() as again:
             if not self._added_whole(engine, part):
+                self._unforeseen = True
                 self._add_singly(part, self._parameters.keys())
             elif engine.given_up:
                 again()
@@ -180,6 +183,8 @@ class SampleMeasure:
             return _BY_SAMPLE
         if name in self._whole.given_up:
             return "batch-1", self._whole.given_up[name]
+        if self._unforeseen:
+            return _SOME_BY_SAMPLE
         return self._whole.paths.get(name, _BY_SAMPLE)
 
     def nothing_measured(self) -> bool:

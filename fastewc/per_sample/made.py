@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastewc.per_sample.layout import Layout
-from fastewc.per_sample.proxy import Operand, Proxy, mapped, replaced
+from fastewc.per_sample.proxy import Operand, Proxy, edge_of, mapped, replaced
 from fastewc.per_sample.rules import LEADING, RULES, Call, Use
 from fastewc.per_sample.segments import EXPLICIT, Scale, Segment, back_together
 
@@ -40,7 +40,7 @@ def taken_back(operand: Operand, segments: Sequence[Segment]) -> list[tuple[Oper
     sizes = [operand.value.numel(), *(step.value.numel() for step, _ in ruled)]
     leaves = {name: operand.leaves[name] for name, found in uses.items() if found is None}
     for name, leaf in leaves.items():
-        edges[name] = torch.autograd.graph.get_gradient_edge(leaf)
+        edges[name] = edge_of(leaf)
         sizes.append(leaf.numel())
     if samples * max(sizes) > EXPLICIT:
         return None

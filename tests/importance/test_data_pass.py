@@ -623,6 +623,53 @@ def test_a_buffer_that_was_none_is_none_again(importance):
     assert "seen" in model._buffers
 
 
+# ── forwards that write into their parameters ──
+
+
+class Writing(nn.Module):
+    """The forward brings the weights where they should be, and keeps them there."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.table, self.out, self.how = nn.Embedding(9, 4), nn.Linear(4, 9), how
+        if how == "max_norm":
+            self.table.max_norm = 0.5
+            self.out.weight = self.table.weight
+
+    def forward(self, ids):
+        if self.how == "no_grad":
+            with torch.no_grad():
+                self.out.weight.clamp_(-0.2, 0.2)
+        if self.how == "data":
+            self.out.weight.data.clamp_(-0.2, 0.2)
+        if self.how == "frozen":
+            self.table.weight.detach().clamp_(-0.2, 0.2)
+        return self.out(self.table(ids).tanh().sum(1))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("how", ["max_norm", "no_grad", "data", "frozen"])
+def test_a_forward_that_changes_its_parameters_is_refused(how, impl):
+    torch.manual_seed(0)
+    model, ids = Writing(how).double().eval(), torch.arange(9).view(3, 3)
+    if how == "frozen":
+        model.table.requires_grad_(False)
+    name = "table" if how in ("max_norm", "frozen") else "out"
+    # At the first batch, and at a later one.
+    for data in ([(ids,)], [(ids[:1],), (ids[1:],)]) if how == "max_norm" else ([(ids,)],):
+        with pytest.raises(ValueError, match=f"the forward changes '{name}.weight'"):
+            mas_importance(model, data, impl=impl)
+        nn.init.normal_(model.table.weight)
+    model(ids)
+    same(mas_importance(model, [(ids,)], impl=impl), mas_importance(model, [(ids[i : i + 1],) for i in range(3)]))
+
+
+def test_a_forward_that_changes_its_parameters_is_refused_by_signal():
+    model = Writing("no_grad").eval()
+    with pytest.raises(ValueError, match=r"the forward changes 'out.weight'"):
+        signal_importance(model, [(torch.arange(9).view(3, 3),)], exclude="table.*")
+
+
 # ── forwards that mix samples ──
 
 
