@@ -706,6 +706,37 @@ def test_a_forward_that_mixes_samples_is_refused(importance):
         importance(Functional().eval(), [xy()])
 
 
+class Meeting(nn.Module):
+    """Samples that meet each other, in one of several ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.one, self.other, self.how = nn.Linear(4, 5), nn.Linear(4, 5), how
+
+    def forward(self, x):
+        one, other = self.one(x), self.other(x)
+        if self.how == "product":  # of every sample with every other, as where images meet their captions
+            return one @ other.T
+        if self.how == "distance":
+            return torch.cdist(one, other)
+        if self.how == "largest":  # as of numbers that are quantised together; here no other of the first two
+            return one / one.abs().max()
+        return one + 0.02 * other.mean(0)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("how", ["product", "distance", "largest", "mean at the side"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_samples_that_meet_are_refused(how, dtype, impl):
+    torch.manual_seed(0)
+    model, x = Meeting(how).to(dtype).eval(), torch.randn(6, 4, dtype=dtype)
+    x[0], x[1], x[4] = 2 * x[0], x[1] / 9, 100 * x[4]
+    with pytest.raises(ValueError, match="mixes samples"):
+        mas_importance(model, [(x,)], impl=impl)
+    single = mas_importance(model, [(one,) for one in x.split(1)], impl=impl)  # what a loader of single samples gives
+    same(single, mas_importance(model, [(one,) for one in x.split(1)], impl="reference"), roundings=2000)
+
+
 @each_pass
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_roundings_of_other_batch_sizes_are_not_mixing(importance, dtype):
