@@ -86,10 +86,15 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y:
     optimizer.step()
 
 
+def build_gpt(sizes: Sizes) -> nn.Module:
+    """An untrained model: bytes [N, T] → logits [N, T, 256], the head tied to the embedding, learned positions."""
+    return gpt2(sizes.layers, sizes.width, max(1, sizes.width // 32), 256, sizes.positions)
+
+
 def learn_the_book(text: Text, sizes: Sizes) -> nn.Module:
     """A model trained in float32 with a linear warm-up and decay, in eval mode on the text's device."""
     torch.manual_seed(0)
-    model = gpt2(sizes.layers, sizes.width, max(1, sizes.width // 32), 256, sizes.positions).to(text.train.device)
+    model = build_gpt(sizes).to(text.train.device)
     optimizer = fastewc.optim.AdamW(model.parameters(), lr=sizes.book_lr, weight_decay=0.01)
     warm = max(1, sizes.book_steps // 20)
     for step, (x, y) in enumerate(batches(text.train, sizes, sizes.book_steps, seed=0)):
