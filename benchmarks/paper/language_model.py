@@ -252,8 +252,11 @@ def points_of(rows: Sequence[dict[str, Any]]) -> list[Point]:
 
 
 def before_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Perplexities before fine-tuning."""
-    return next(one["extra"]["perplexity"] for one in rows if one["name"] == BEFORE)
+    """Perplexities before fine-tuning; ValueError where the rows are another program's."""
+    found = [one["extra"]["perplexity"] for one in rows if one["name"] == BEFORE]
+    if not found:
+        raise ValueError(f"no row {BEFORE!r} among {len(rows)}: give the rows that {__name__} writes")
+    return found[0]
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
@@ -280,7 +283,9 @@ def draw(rows: Sequence[dict[str, Any]], axes: Any) -> None:
         if penalty == "fisher":
             for one in same:
                 at = one.mean["plays"], one.mean["book"]
-                axes.annotate(f"λ = {one.ewc_lambda:g}", at, (4, 4), textcoords="offset points", fontsize="small")
+                axes.annotate(
+                    f"λ = {one.ewc_lambda:g}", at, (-5, -9), textcoords="offset points", ha="right", fontsize="small"
+                )
     axes.set_xlabel("perplexity on the plays")
     axes.set_ylabel("perplexity on the book")
     axes.set_title("A small GPT, fine-tuned")

@@ -46,20 +46,19 @@ def run(folder: Path, *words: str) -> list[dict[str, Any]]:
     return json.loads(out.read_text())
 
 
-class Fixed(nn.Module):
-    """Byte 0 has probability ½, byte 1 has ¼, whatever came before."""
+class Repeating(nn.Module):
+    """The byte before has probability ½, the two others have ¼."""
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = torch.tensor([0.5, 0.25, 0.25]).log()
-        return logits.expand(*x.shape, 3)
+        return (1 + nn.functional.one_hot(x, 3)).div(4).log()
 
 
 def test_perplexity_is_that_of_the_bytes_that_follow() -> None:
-    held_out = torch.tensor([1, 0, 1, 0, 1, 1, 2, 0, 0, 1])  # windows 101, 011, 200; one byte is left over
+    held_out = torch.tensor([1, 0, 1, 0, 1, 1, 0, 0, 0, 2])  # windows 101, 011, 000; one byte is left over
     text = Text(torch.empty(0, dtype=torch.int64), held_out)
     sizes = Setup(positions=2, batch=2, held_out_samples=100)  # batches of two windows and of one
-    bits = (1 + 2) + (2 + 2) + (1 + 1)
-    found = perplexities(Fixed(), {"book": text}, sizes)
+    bits = (2 + 2) + (2 + 1) + (1 + 1)
+    found = perplexities(Repeating(), {"book": text}, sizes)
     assert found == {"book": pytest.approx(2 ** (bits / 6), rel=1e-6)}
 
 
@@ -74,6 +73,8 @@ def test_held_out_bytes_are_never_trained_on(tmp_path: Path) -> None:
         shown = torch.stack([torch.stack(pair) for pair in batches(text.train, TINY, 500, seed=0)])
         assert (shown == ord("a")).all()
         assert shown.shape == (500, 2, TINY.batch, TINY.positions)
+    for x, y in batches(torch.arange(100), TINY, 5, seed=0):
+        assert torch.equal(y, x + 1)
 
 
 def started() -> tuple[nn.Module, fastewc.Importance, Text]:
@@ -99,6 +100,8 @@ def test_without_lambda_it_is_plain_fine_tuning_to_the_bit(penalty: str) -> None
         model, _ = fine_tuned(start, Run(penalty, ewc_lambda, 3), fisher, text, TINY)
         pairs = zip(model.parameters(), plain.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs) == same
+    other, _ = fine_tuned(start, Run("none", 0.0, 4), fisher, text, TINY)
+    assert moved(other, plain) > 0
 
 
 @pytest.mark.parametrize("penalty", ["fisher", "uniform"])
@@ -144,7 +147,7 @@ def test_the_program_and_its_repetition(folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(language_model, "learn_the_book", None)  # the model is in the work folder
     more = run(folder, "--seeds", "1", "--lambdas", "3", "0")
     assert made == [Run("fisher", 0.0, 0), Run("uniform", 0.0, 0)]
-    assert more[: len(rows)] == rows
+    assert more[: len(rows)] == rows and len(more) == len(rows) + len(made)
     assert more[-1]["extra"]["perplexity"] == rows[2]["extra"]["perplexity"]  # λ = 0 again
 
     monkeypatch.setattr(language_model, "read_texts", None)  # nothing is missing, so nothing is needed
@@ -175,6 +178,8 @@ def test_the_figure_has_a_point_for_each_lambda(capsys: pytest.CaptureFixture[st
     assert lines["plain fine-tuning"] == [[5.0, 8.0]]
     assert {y for _, y in lines["before fine-tuning"]} == {4.0}
     language_model.show(rows)
+    with pytest.raises(ValueError, match="no row 'language_model/before' among 1"):
+        language_model.draw(rows[1:2], axes)
     assert f"6.000 ± {math.sqrt(2):.3f}" in capsys.readouterr().out
 
 
