@@ -88,6 +88,9 @@ class Measure(Protocol):
     def check(self, batch: Batch) -> Evaluated | None:
         """Evaluate the first batch as a whole, without gradients; raise if it can't be right. None: don't cut it."""
 
+    def measured(self, seen: Evaluated) -> Evaluated:
+        """The same, with what is differentiated for its output where that is something else."""
+
     def add(self, batch: Batch) -> None:
         """Add the batch's samples to the sums, at once or at the latest in :meth:`finish`."""
 
@@ -231,7 +234,7 @@ def _look_first(evaluator: Evaluator, batch: Batch, measure: Measure, allow_drop
         with torch.no_grad(), kept_buffers(evaluator.module):
             alone = evaluator(batch.rows(0, 1)) if alone is None and together.size > 1 else alone
             if alone is not None:
-                refuse_mixing(evaluator.module, alone, together, what)
+                refuse_mixing(evaluator.module, measure.measured(alone), measure.measured(together), what)
         torch.clear_autocast_cache()
 
 

@@ -17,10 +17,10 @@ def refuse_mixing(module: nn.Module, first: Evaluated, whole: Evaluated, what: s
     """ValueError if :func:`mixes`."""
     if mixes(module, first, whole):
         raise ValueError(
-            f"{what}: the forward mixes samples: the first sample's output is another in a batch of {whole.size} than "
-            "alone, so it has no gradient of its own. Look for statistics over the batch (batch_norm with "
-            "training=True, a mean over dimension 0), products of samples with each other, or for batch_dim; keep the "
-            "samples apart, or give batches of one sample"
+            f"{what}: the forward mixes samples: the first sample's output (or loss) is another in a batch of "
+            f"{whole.size} than alone, so it has no gradient of its own. Look for statistics over the batch "
+            "(batch_norm with training=True, a mean over dimension 0), products of samples with each other, or for "
+            "batch_dim; keep the samples apart, or give batches of one sample"
         )
 
 

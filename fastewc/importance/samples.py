@@ -58,6 +58,10 @@ class SampleMeasure:
     def check_samples(self, seen: Evaluated) -> None:
         """Raise if the output has lost the samples of a batch; what else could be wrong, :meth:`terms` sees."""
 
+    def measured(self, seen: Evaluated) -> Evaluated:
+        """The same, with what is differentiated for its output where that is something else."""
+        return seen
+
     def terms(self, seen: Evaluated) -> Iterator[Term]:
         """The gradients to take for an evaluated batch: each a sum over its samples, of weight 1 if these are many."""
         raise NotImplementedError
@@ -82,8 +86,8 @@ class SampleMeasure:
             seen[samples] = self._evaluator(batch.rows(0, samples))
 
         self._whole.watch(run)
-        # With random numbers it is another each time.
-        self._alone = None if mixes(self._evaluator.module, seen[1], seen[2]) else seen[1]
+        with torch.no_grad():  # with random numbers it is another each time
+            self._alone = None if self._mixes(seen[1], seen[2]) else seen[1]
         return seen[1], seen[2]
 
     def add(self, batch: Batch) -> None:
@@ -140,7 +144,10 @@ class SampleMeasure:
         with torch.no_grad():
             together = self._evaluator(batch)
             ends = {n: self._evaluator(batch.rows(n, n + 1)) for n in (0, batch.size - 1)}
-            return not any(mixes(self._evaluator.module, one, together, n) for n, one in ends.items())
+            return not any(self._mixes(one, together, n) for n, one in ends.items())
+
+    def _mixes(self, one: Evaluated, together: Evaluated, index: int = 0) -> bool:
+        return mixes(self._evaluator.module, self.measured(one), self.measured(together), index)
 
     def _add_part(self, engine: PerSampleSums, part: Batch) -> None:
         with self.redrawn() as again:
@@ -159,7 +166,7 @@ class SampleMeasure:
             alone, self._alone = self._alone, None
             if alone is not None:
                 with torch.no_grad():
-                    refuse_mixing(self._evaluator.module, alone, seen, "the importances")
+                    refuse_mixing(self._evaluator.module, self.measured(alone), self.measured(seen), "the importances")
             self.check_samples(seen)
             return self.terms(seen)
 
