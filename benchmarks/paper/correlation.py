@@ -136,7 +136,7 @@ def draw(rows: Sequence[dict[str, Any]], figure: Figure) -> None:
         axes.grid(alpha=0.3)
     for axes in panels[-1]:
         axes.set_xlabel("task")
-    panels[0][0].legend(fontsize="small")
+    panels[0][-1].legend(fontsize="small", loc="center")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -153,18 +153,24 @@ def results(curves: dict[tuple[str, str], Tensor], protocol: Protocol, seconds: 
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Accuracy at some shares, with † where the order is worse than magnitude and * where it is better."""
-    lines = [f"{'':<22}" + "".join(f"{share:>17.0%}" for share in PRINTED) + f"{f'-{ALLOWED_LOSS:.0%} at':>17}"]
+    """Accuracy at some shares and the share of the row, marked where it is better or worse than magnitude's."""
+    lines = [f"{'':<22}" + "".join(f"{share:>17.0%}" for share in PRINTED) + f"{f'-{ALLOWED_LOSS:.0%} at':>16}"]
+    prunable = {one["name"]: [prunable_share(run) for run in one["extra"]["runs"]] for one in rows}
     for one in rows:
         extra, cells = one["extra"], ""
         for at in (SHARES.index(share) for share in PRINTED):
-            difference, half = extra["minus_magnitude"][at], extra["minus_magnitude_half_width_95"][at]
-            sign = " " if abs(difference) <= half else "*" if difference > 0 else "†"
+            sign = _sign(extra["minus_magnitude"][at], extra["minus_magnitude_half_width_95"][at])
             cells += f"{extra['accuracy'][at]:>8.4f} ± {extra['accuracy_half_width_95'][at]:.4f}{sign}"
-        lines.append(
-            f"{extra['scope'] + ' ' + extra['order']:<22}{cells}{one['median']:>9.3f} ± {extra['half_width_95']:.3f}"
-        )
+        baseline = prunable[f"pruning/{extra['scope']}/{BASELINE}"]
+        less = [a - b for a, b in zip(prunable[one["name"]], baseline, strict=True)]
+        sign = _sign(sum(less) / len(less), student_half_width(less) or 0.0)
+        label = f"{extra['scope']} {extra['order']}"
+        lines.append(f"{label:<22}{cells}{one['median']:>9.3f} ± {extra['half_width_95']:.3f}{sign}")
     return "\n".join([*lines, f"paired, 95 %: * better than {BASELINE}, † worse"])
+
+
+def _sign(difference: float, half_width: float) -> str:
+    return " " if abs(difference) <= half_width else "*" if difference > 0 else "†"
 
 
 def draw(rows: Sequence[dict[str, Any]], figure: Figure) -> None:

@@ -135,6 +135,22 @@ def test_the_program_writes_every_order_and_the_figure(
     assert plot.main(["--results", str(tmp_path / "none")]) == 1
 
 
+def test_marks_say_which_order_is_surely_better_or_worse_than_magnitude() -> None:
+    flat, early = [0.98] * len(pruning.SHARES), [0.98] + [0.5] * (len(pruning.SHARES) - 1)
+    noisy = [[a - 0.001 * s for a in flat] for s in range(3)]
+    curves = {
+        ("magnitude", "whole"): torch.tensor(noisy, dtype=torch.float64),
+        ("same", "whole"): torch.tensor(noisy[::-1], dtype=torch.float64),
+        ("worse", "whole"): torch.tensor([early] * 3, dtype=torch.float64),
+    }
+    lines = pruning.table(pruning.results(curves, SMALL, 0.0)).splitlines()
+    assert [line.count("†") for line in lines[1:4]] == [0, 0, len(pruning.PRINTED) + 1]
+    assert not any("*" in line for line in lines[1:4])
+    curves = {(name, "whole"): curves[other, "whole"] for name, other in (("magnitude", "worse"), ("x", "same"))}
+    lines = pruning.table(pruning.results(curves, SMALL, 0.0)).splitlines()
+    assert lines[2].count("*") == len(pruning.PRINTED) + 1 and "†" not in lines[2]
+
+
 def test_a_trial_says_where_its_results_go(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for argv, message in ((["--epochs", "1"], "give --out"), (["--seeds", "1"], "at least 2")):
         with pytest.raises(SystemExit):
