@@ -14,18 +14,17 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import fastewc
-from benchmarks.importance.workloads import data_root_or_none, gpt2
+from benchmarks.importance.workloads import data_root_or_none
 from benchmarks.results_row import row, write
+from benchmarks.small_gpt import DOMAINS, Sizes, Text, batches, held_out_loss, learn_the_book, read_texts, train_step
 
 SUITE = "bf16_training"
 #: The parameters' dtype, and the options of the optimizer.
@@ -35,32 +34,16 @@ ARMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "master weights": (torch.bfloat16, {"master_weights": True}),
     "master weights, bfloat16 moments": (torch.bfloat16, {"master_weights": True, "state_dtype": torch.bfloat16}),
 }
-DOMAINS = {"book": "war_and_peace.txt", "plays": "tinyshakespeare.txt"}
-HELD_OUT = 0.05  # of each text, its end
 
 
-@dataclass(frozen=True)
-class Setup:
-    """Sizes of model and training; T positions, N samples of a batch."""
+@dataclass(frozen=True, kw_only=True)
+class Setup(Sizes):
+    """Sizes, and numbers of the fine-tuning."""
 
-    layers: int
-    width: int
-    positions: int
-    batch: int
-    book_steps: int
     steps: int
     lr: float
     ewc_lambda: float
     fisher_samples: int
-    held_out_samples: int
-
-
-@dataclass(frozen=True)
-class Text:
-    """The bytes of a text, int64 [·], in two parts."""
-
-    train: Tensor
-    held_out: Tensor
 
 
 @dataclass(frozen=True)
@@ -72,59 +55,12 @@ class Size:
     state: float
 
 
-def read_texts(data_root: str | None) -> dict[str, Text]:
-    """Both texts; ValueError where there is no folder."""
-    if data_root is None:
-        raise ValueError("no data folder: give --data-root PATH or set FASTEWC_DATA; it holds text/*.txt")
-    texts = {}
-    for domain, name in DOMAINS.items():
-        data = torch.frombuffer(bytearray(Path(data_root, "text", name).read_bytes()), dtype=torch.uint8).long()
-        cut = int(len(data) * (1 - HELD_OUT))
-        texts[domain] = Text(data[:cut], data[cut:])
-    return texts
-
-
-def batches(data: Tensor, setup: Setup, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x, y) [N, T] from places drawn with the seed; y is x one byte later."""
-    gen = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        starts = torch.randint(len(data) - setup.positions - 1, (setup.batch, 1), generator=gen)
-        windows = data[starts + torch.arange(setup.positions + 1)]
-        yield windows[:, :-1], windows[:, 1:]
-
-
-def token_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy over all positions, in float32."""
-    return F.cross_entropy(model(x).float().flatten(0, 1), y.flatten())
-
-
-def held_out_loss(model: nn.Module, text: Text, setup: Setup) -> float:
-    """Nats a byte over windows that lie side by side, in float32 whatever the model is in."""
-    wide = copy.deepcopy(model).float()
-    length = setup.positions + 1
-    count = min(len(text.held_out) // length, setup.held_out_samples)
-    windows = text.held_out[: count * length].view(count, length)
-    with torch.no_grad():
-        losses = [token_loss(wide, part[:, :-1], part[:, 1:]) * len(part) for part in windows.split(setup.batch)]
-    return float(torch.stack(losses).sum() / count)
-
-
-def learn_the_book(text: Text, setup: Setup) -> nn.Module:
-    """A model trained in float32 with a linear warm-up and decay, then rounded to what bfloat16 holds."""
-    torch.manual_seed(0)
-    model = gpt2(setup.layers, setup.width, max(1, setup.width // 32), 256, setup.positions)
-    optimizer = fastewc.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    warm = max(1, setup.book_steps // 20)
-    for step, (x, y) in enumerate(batches(text.train, setup, setup.book_steps, seed=0)):
-        share = min((step + 1) / warm, (setup.book_steps - step) / (setup.book_steps - warm + 1))
-        optimizer.param_groups[0]["lr"] = 1e-3 * share
-        optimizer.zero_grad()
-        token_loss(model, x, y).backward()
-        optimizer.step()
+def rounded(model: nn.Module) -> nn.Module:
+    """The model with weights that bfloat16 holds."""
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(p.bfloat16())
-    return model.eval()
+    return model
 
 
 def fine_tuned(
@@ -137,9 +73,7 @@ def fine_tuned(
     ewc.consolidate(importance)
     optimizer = fastewc.optim.AdamW(model.parameters(), lr=setup.lr, weight_decay=0.0, ewc=ewc, **options)
     for x, y in batches(text.train, setup, setup.steps, seed=1 + seed):
-        optimizer.zero_grad()
-        token_loss(model, x, y).backward()
-        optimizer.step()
+        train_step(model, optimizer, x, y)
     state = [t for own in optimizer.state.values() for t in own.values() if isinstance(t, Tensor) and t.ndim]
     params = list(model.parameters())
     grads = [p.grad for p in params if p.grad is not None]
@@ -172,7 +106,7 @@ def rows_of(losses: dict[str, dict[str, list[float]]], sizes: dict[str, Size], *
 def measure(texts: dict[str, Text], setup: Setup, seeds: int) -> list[dict[str, Any]]:
     """Train everything; the rows."""
     begun = time.perf_counter()
-    start = learn_the_book(texts["book"], setup)
+    start = rounded(learn_the_book(texts["book"], setup))
     before = {domain: held_out_loss(start, texts[domain], setup) for domain in DOMAINS}
     print(f"after the book: {before} ({time.perf_counter() - begun:.0f} s)", flush=True)
     few = batches(texts["book"].train, setup, -(-setup.fisher_samples // setup.batch), seed=0)
@@ -211,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--positions", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--book-steps", type=int, default=600)
+    parser.add_argument("--book-lr", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, default=2e-5, help="of the fine-tuning")
     parser.add_argument("--ewc-lambda", type=float, default=1.0)

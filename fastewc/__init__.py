@@ -14,3 +14,5 @@ from fastewc.importance import uniform_importance as uniform_importance
 from fastewc.importance.si import PathIntegral as PathIntegral
 from fastewc.importance.si import si_importance as si_importance
 from fastewc.importance.suggest import suggest_lambda as suggest_lambda
+from fastewc.per_sample.user_rules import Outer as Outer
+from fastewc.per_sample.user_rules import per_sample_rule as per_sample_rule

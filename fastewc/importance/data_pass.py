@@ -17,7 +17,14 @@ from fastewc.distributed import Ranks
 from fastewc.importance.base import Importance, Report
 from fastewc.importance.batches import Batch, check_data, read_batch
 from fastewc.importance.evaluate import Evaluated, Evaluator, Forward
-from fastewc.importance.guards import check_model, kept_buffers, refuse_randomness, undisturbed, wanted_parameters
+from fastewc.importance.guards import (
+    check_model,
+    kept_buffers,
+    refuse_randomness,
+    undisturbed,
+    unwritten,
+    wanted_parameters,
+)
 from fastewc.importance.mixing import computes_narrow, refuse_mixing
 from fastewc.importance.verify import compare_with_single_samples
 
@@ -81,6 +88,9 @@ class Measure(Protocol):
     def check(self, batch: Batch) -> Evaluated | None:
         """Evaluate the first batch as a whole, without gradients; raise if it can't be right. None: don't cut it."""
 
+    def measured(self, seen: Evaluated) -> Evaluated:
+        """The same, with what is differentiated for its output where that is something else."""
+
     def add(self, batch: Batch) -> None:
         """Add the batch's samples to the sums, at once or at the latest in :meth:`finish`."""
 
@@ -117,15 +127,18 @@ def _run_pass(model: nn.Module, data: Any, options: PassOptions, method: str, ma
         evaluator = Evaluator(unwrap(model), options.forward)
         measure = make(evaluator, parameters)
 
-        def look(batch: Batch) -> None:
-            _look_first(evaluator, batch, measure, options.allow_dropout, what)
-            if options.verify:
-                narrow = computes_narrow(evaluator.module, device)
-                compare_with_single_samples(
-                    lambda: make(evaluator, parameters), batch, narrow=narrow, generator=options.generator, what=what
-                )
+        with undisturbed(evaluator.module), unwritten(evaluator.module, what) as refuse_writes:
 
-        with undisturbed(evaluator.module):
+            def look(batch: Batch) -> None:
+                _look_first(evaluator, batch, measure, options.allow_dropout, what)
+                refuse_writes()
+                if options.verify:
+                    narrow = computes_narrow(evaluator.module, device)
+                    compare_with_single_samples(
+                        lambda: make(evaluator, parameters), batch, narrow=narrow, generator=options.generator,
+                        what=what,
+                    )  # fmt: skip
+
             samples = _read(data, device, options, ranks.share(options.max_samples), measure, look)
         detached = measure.nothing_measured()
     names = list(measure.sums)
@@ -221,7 +234,7 @@ def _look_first(evaluator: Evaluator, batch: Batch, measure: Measure, allow_drop
         with torch.no_grad(), kept_buffers(evaluator.module):
             alone = evaluator(batch.rows(0, 1)) if alone is None and together.size > 1 else alone
             if alone is not None:
-                refuse_mixing(evaluator.module, alone, together, what)
+                refuse_mixing(evaluator.module, measure.measured(alone), measure.measured(together), what)
         torch.clear_autocast_cache()
 
 

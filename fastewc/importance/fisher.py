@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -258,6 +259,14 @@ class CallableFisher(SampleMeasure):
     def check_evaluated(self, seen: Evaluated) -> None:
         """The loss of the whole batch is [N]."""
         self._losses(seen)
+
+    def measured(self, seen: Evaluated) -> Evaluated:
+        """The losses: one that compares samples with each other mixes them, whatever their outputs do.
+
+        Beside them 1: of a loss that is next to 0 roundings are anything.
+        """
+        losses = self._losses(seen)
+        return replace(seen, raw=torch.stack([losses, torch.ones_like(losses)], 1))
 
     def terms(self, seen: Evaluated) -> Iterator[Term]:
         """The sample's loss."""

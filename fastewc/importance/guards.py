@@ -126,6 +126,42 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unwritten(module: nn.Module, what: str) -> Iterator[Callable[[], None]]:
+    """Inside, no forward may change a parameter; yields a function that looks, and looks once more at the end.
+
+    Raises:
+        ValueError: one did, so that a sample's gradient would depend on the samples before it.
+    """
+    plain = {
+        name: p
+        for name, p in module.named_parameters()
+        if type(p) is nn.Parameter and p.layout == torch.strided and not p.is_meta
+    }
+    before = {name: _sum_of_bits(p) for name, p in plain.items()}
+
+    def look() -> None:
+        changed = [name for name, p in plain.items() if not torch.equal(_sum_of_bits(p), before[name])]
+        if changed:
+            raise ValueError(
+                f"{what}: the forward changes {', '.join(map(repr, changed))} (max_norm of an embedding? a write under "
+                "no_grad, or to .data?), so that a sample's gradient depends on the samples before it. Make the change "
+                "before the pass (torch.embedding_renorm_ of all rows, for max_norm), or leave it out during the pass"
+            )
+
+    yield look
+    look()
+
+
+def _sum_of_bits(parameter: Tensor) -> Tensor:
+    """The same for the same content; sums of 8 bytes are an order of magnitude faster than of fewer."""
+    flat = parameter.detach().flatten()
+    size = flat.element_size()
+    aligned = flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0
+    words = flat.view(torch.int64 if aligned else {1: torch.int8, 2: torch.int16, 4: torch.int32}[size])
+    return words.sum(dtype=torch.int64)
+
+
+@contextlib.contextmanager
 def kept_buffers(module: nn.Module) -> Iterator[None]:
     """Put every buffer back as it was: the same tensor with the same content, or None."""
     buffers = [(owner, name, buffer) for owner in module.modules() for name, buffer in owner._buffers.items()]

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from fastewc._dispatch import Impl
 from fastewc.importance.batches import Batch, Joined
 from fastewc.importance.evaluate import Evaluated, Evaluator
-from fastewc.importance.mixing import mixes
+from fastewc.importance.mixing import mixes, refuse_mixing
 from fastewc.per_sample import BatchOneSums, PerSampleSums, Term, Unforeseen, zeros_for
 
 _JOINED_BYTES = 1 << 26  # of a joined batch at most
 _BY_SAMPLE = ("batch-1", "one backward pass per sample through autograd")
+_SOME_BY_SAMPLE = ("batch-1", "the forward did for some of the samples what it did for no others")
 
 
 class SampleMeasure:
@@ -41,6 +42,9 @@ class SampleMeasure:
         self._whole = None if impl == "reference" else self._engine(impl)
         self._single: dict[frozenset[str], BatchOneSums] = {}
         self._waiting: Joined | None = None
+        self._alone: Evaluated | None = None  # the first sample, until it is met in company
+        self._joinable: int | None = None  # how many samples may be joined, where they come one by one
+        self._unforeseen = False  # that some samples had to go one by one, all parameters of them
 
     def _engine(self, impl: Impl) -> PerSampleSums:
         return PerSampleSums(
@@ -53,6 +57,10 @@ class SampleMeasure:
 
     def check_samples(self, seen: Evaluated) -> None:
         """Raise if the output has lost the samples of a batch; what else could be wrong, :meth:`terms` sees."""
+
+    def measured(self, seen: Evaluated) -> Evaluated:
+        """The same, with what is differentiated for its output where that is something else."""
+        return seen
 
     def terms(self, seen: Evaluated) -> Iterator[Term]:
         """The gradients to take for an evaluated batch: each a sum over its samples, of weight 1 if these are many."""
@@ -78,6 +86,8 @@ class SampleMeasure:
             seen[samples] = self._evaluator(batch.rows(0, samples))
 
         self._whole.watch(run)
+        with torch.no_grad():  # with random numbers it is another each time
+            self._alone = None if self._mixes(seen[1], seen[2]) else seen[1]
         return seen[1], seen[2]
 
     def add(self, batch: Batch) -> None:
@@ -114,9 +124,12 @@ class SampleMeasure:
         engine = self._whole
         if engine is None or batch.size == 1 or self.by_sample(batch):
             return self._add_singly(batch, self._parameters.keys())
-        if not engine.planned:
-            seen = self.watch(batch)  # of the first look there was only one sample
-            if seen is not None and mixes(self._evaluator.module, *seen):
+        if not engine.planned:  # of the first look there was only one sample: it is we who join them
+            self.watch(batch)
+            self._alone, self._joinable = None, 1
+        if self._joinable is not None and batch.size > self._joinable:
+            self._joinable = batch.size
+            if not self._may_join(batch):
                 self._whole = None
                 return self._add_singly(batch, self._parameters.keys())
         start, count = 0, -(-batch.size // engine.chunk())
@@ -126,9 +139,20 @@ class SampleMeasure:
             start = stop
         return None
 
+    def _may_join(self, batch: Batch) -> bool:
+        """True if samples that came one by one do not change each other's outputs."""
+        with torch.no_grad():
+            together = self._evaluator(batch)
+            ends = {n: self._evaluator(batch.rows(n, n + 1)) for n in (0, batch.size - 1)}
+            return not any(self._mixes(one, together, n) for n, one in ends.items())
+
+    def _mixes(self, one: Evaluated, together: Evaluated, index: int = 0) -> bool:
+        return mixes(self._evaluator.module, self.measured(one), self.measured(together), index)
+
     def _add_part(self, engine: PerSampleSums, part: Batch) -> None:
         with self.redrawn() as again:
             if not self._added_whole(engine, part):
+                self._unforeseen = True
                 self._add_singly(part, self._parameters.keys())
             elif engine.given_up:
                 again()
@@ -139,6 +163,10 @@ class SampleMeasure:
 
         def forward() -> Iterator[Term]:
             seen = self._evaluator(part)
+            alone, self._alone = self._alone, None
+            if alone is not None:
+                with torch.no_grad():
+                    refuse_mixing(self._evaluator.module, self.measured(alone), self.measured(seen), "the importances")
             self.check_samples(seen)
             return self.terms(seen)
 
@@ -180,6 +208,8 @@ class SampleMeasure:
             return _BY_SAMPLE
         if name in self._whole.given_up:
             return "batch-1", self._whole.given_up[name]
+        if self._unforeseen:
+            return _SOME_BY_SAMPLE
         return self._whole.paths.get(name, _BY_SAMPLE)
 
     def nothing_measured(self) -> bool:

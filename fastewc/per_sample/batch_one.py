@@ -129,6 +129,13 @@ def empty_gradients(module: nn.Module, reached: Iterable[Tensor], *, foreign: bo
             leaf.grad = gradient
 
 
+def leaves_behind(tensor: Tensor) -> list[Tensor]:
+    """The tensors whose .grad a gradient that arrives at this one would be added to."""
+    if tensor.grad_fn is None:
+        return [tensor] if tensor.requires_grad else []
+    return graph_leaves(graph_nodes(tensor))
+
+
 def graph_leaves(nodes: Iterable[torch.autograd.graph.Node]) -> list[Tensor]:
     """The tensors whose .grad the nodes of a graph would add to."""
     return [leaf for node in nodes if isinstance(leaf := getattr(node, "variable", None), Tensor)]

@@ -14,9 +14,11 @@ from fastewc.per_sample.batch_one import REENTRANT, Term, empty_gradients, graph
 from fastewc.per_sample.interception import Interception, Key
 from fastewc.per_sample.made import taken_back
 from fastewc.per_sample.plan import Plan, Planner
-from fastewc.per_sample.proxy import Gate, Operand, Proxy, Slot, Slots, Tap, found_proxies, tensors_in
+from fastewc.per_sample.proxy import Gate, Operand, Proxy, Slot, Slots, Tap, edge_of, found_proxies, tensors_in
 from fastewc.per_sample.rules import RULES, Call, Use, rerun
 from fastewc.per_sample.segments import Outer, Pulled, Rows, Segment, Sloped, Within, add_explicitly, add_tied, powers
+from fastewc.per_sample.user_classes import intercepted
+from fastewc.per_sample.user_rules import UserRule, class_rules, rule_of
 
 #: Bytes that the largest activation of a part of a batch may have on a CPU: about what its caches hold, and what malloc
 #: takes from pages that it has (glibc: up to 32 MB; fresh ones cost more than most kernels).
@@ -62,12 +64,12 @@ class PerSampleSums(Interception):
         *,
         foreign: bool = False,
     ) -> None:
+        super().__init__({id(p): name for name, p in parameters.items()})
         self.sums, self.used, self.paths = sums, set[str](), dict[str, tuple[str, str]]()
         self.given_up: dict[str, str] = {}
         self.terms, self.reached = 0, False
         self._module, self._power, self._impl, self._foreign = module, power, impl, foreign
         self._parameters = dict(parameters)
-        self._names = {id(p): name for name, p in parameters.items()}
         self._gradients = sum(p.numel() for p in parameters.values())
         self._plan: Plan | None = None
         self._samples = 0
@@ -76,6 +78,7 @@ class PerSampleSums(Interception):
         self._made: dict[str, int] = {}  # taps, by parameter
         self._waiting: dict[str, list[Arrived]] = {}
         self._back: dict[int, list[Arrived] | None] = {}  # by operand that arithmetic made, in one backward
+        self._derived: list[Proxy] = []  # in this batch
         self._walked = self._at_end = self._reran = self._in_backward = False
         self._slots: Slots | None = None
         self._apart: dict[tuple[Any, ...], bool] = {}
@@ -89,8 +92,8 @@ class PerSampleSums(Interception):
 
     def watch(self, run: Callable[[int], None]) -> None:
         """Find out how the model uses its parameters; see :meth:`Planner.watch`."""
-        planner = Planner()
-        with self._stand_ins(planner).in_place():
+        planner = Planner(self._names)
+        with intercepted(self._module, class_rules()), self._stand_ins(planner).in_place():
             self._plan = planner.watch(run)
         self._walked = False
         for name, why in self._plan.given_up.items():
@@ -134,11 +137,11 @@ class PerSampleSums(Interception):
             Unforeseen: before anything was added.
             RuntimeError: a use escapes, or a checkpoint changes its mind, after something was added.
         """
-        self._samples, self._gates, self._made, self._waiting = samples, {}, {}, {}
+        self._samples, self._gates, self._made, self._waiting, self._derived = samples, {}, {}, {}, []
         self._root = torch.zeros((), device=next(iter(self._parameters.values())).device, requires_grad=True)
         self._leaves = [self._root]
         self._slots = self._slots or self._stand_ins(self)
-        with self._slots.in_place() as slots:
+        with intercepted(self._module, class_rules()), self._slots.in_place() as slots:
             for term in forward():
                 self.terms += 1
                 if not term.value.requires_grad:
@@ -153,16 +156,16 @@ class PerSampleSums(Interception):
                     ) from error
                 finally:
                     self._in_backward = False
+        self._derived = []
 
     def _stand_ins(self, catcher: Interception) -> Slots:
         proxies: dict[int, Slot] = {}
         for name, p in self._parameters.items():
             if name in self.given_up:
                 continue
-            leaf = p.detach().requires_grad_()
-            proxies[id(p)] = proxy = Slot.of(Operand.of(name, leaf), catcher)
+            proxies[id(p)] = proxy = Slot.of(Operand.of(name, p), catcher)
             proxy.__dict__.update({k: v for k, v in p.__dict__.items() if k not in proxy.__dict__})
-        return Slots(proxies, self._module, [p for p in self._parameters.values() if id(p) in proxies])
+        return Slots(proxies, catcher, self._module, [p for p in self._parameters.values() if id(p) in proxies])
 
     def _backward(self, term: Term, slots: Slots) -> None:
         self._back = {}
@@ -176,16 +179,17 @@ class PerSampleSums(Interception):
         if self._at_end:
             with empty_gradients(self._module, [*reached, *slots.shown], foreign=self._foreign) as others:
                 torch.autograd.backward(term.value, term.seed, retain_graph=term.keep_graph)
-                self._escaped([leaf for leaf in others if leaf.grad is not None])
+                self._escaped([leaf for leaf in (*others, *self._derived) if leaf.grad is not None])
             for name in list(self._waiting):
                 self._finish(name)
             return
         known = set(self.given_up)
-        inputs = [*slots.edges, *map(torch.autograd.graph.get_gradient_edge, self._leaves)]
+        shown = [*slots.shown, *self._derived]
+        inputs = [*slots.edges, *map(edge_of, self._derived), *map(edge_of, self._leaves)]
         grads = torch.autograd.grad(
             term.value, inputs, grad_outputs=term.seed, retain_graph=term.keep_graph, allow_unused=True
         )
-        late = self._escaped([t for t, grad in zip(slots.shown, grads, strict=False) if grad is not None]) - known
+        late = self._escaped([t for t, grad in zip(shown, grads, strict=False) if grad is not None]) - known
         if late:
             raise RuntimeError(
                 f"the model uses {', '.join(sorted(late))} in a batch as it did not in the batch before, in a way that "
@@ -195,17 +199,16 @@ class PerSampleSums(Interception):
 
     def _escaped(self, leaves: Iterable[Tensor]) -> set[str]:
         """Parameters that torch would differentiate by itself: something used them behind our back."""
-        names: set[str] = set()
-        for leaf in leaves:
-            if isinstance(leaf, Proxy):
-                names.update(leaf.operand.names)
-            elif id(leaf) in self._names:
-                names.add(self._names[id(leaf)])
+        names = self.names_of(leaves)
         for name in names - self.given_up.keys():
             self.give_up(name, "a use that no torch function shows: of the parameter itself, or in a custom Function")
         return names
 
     # ---- forward ----
+
+    def made(self, proxy: Proxy) -> None:
+        """Gradients that arrive there show what escaped us."""
+        self._derived.append(proxy)
 
     def decide(self, key: Key, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """As planned; a batched call gets a tap on its result."""
@@ -214,7 +217,8 @@ class PerSampleSums(Interception):
             return self.plainly(func, args, kwargs)
         decision = self._plan.decisions.get(key)
         if decision == "derived":
-            if any(_of_samples(tensor) for tensor in tensors_in((args, kwargs))):
+            others = tensors_in((args, kwargs))
+            if any(_of_samples(tensor) for tensor in others) or self.names_behind(others):
                 raise Unforeseen
             return self.derived(key, func, args, kwargs)
         if decision is None:
@@ -223,14 +227,14 @@ class PerSampleSums(Interception):
                 self._unknown(args, kwargs, result)
             return result
         whole = result = self.plainly(func, args, kwargs)
-        index = None
+        index, own = None, rule_of(func)
         if isinstance(whole, tuple):  # the plan knows the only tensor in it that can have a gradient
             index = next(i for i, t in enumerate(whole) if isinstance(t, Tensor) and t.is_floating_point())
             result, func = whole[index], _part_of(func, index)
         if not decision.fits(result.shape, self._samples):
             raise Unforeseen
         call = Call(func, args, kwargs, result, decision, self._samples)
-        uses = self._uses(call)
+        uses = self._uses(call, own)
         call.forget()
         tapped = self._tapped(result, uses)
         return tapped if index is None else (*whole[:index], tapped, *whole[index + 1 :])
@@ -240,10 +244,12 @@ class PerSampleSums(Interception):
         if any(t.is_floating_point() for t in tensors_in(result)) and names - self.given_up.keys():
             raise Unforeseen
 
-    def _uses(self, call: Call) -> list[Use]:
-        rule = RULES.get(call.func)
+    def _uses(self, call: Call, own: UserRule | None) -> list[Use]:
+        rule = RULES.get(call.func) if own is None else own.uses
         uses = None if rule is None else rule(call)
         path = ("fused", "reduced in backward, instead of its gradient")
+        if own is not None:
+            path = ("fused", f"reduced in backward by your rule for {own.name}")
         if uses is None:
             uses, self._reran = rerun(call), True
             path = ("op", f"{getattr(call.func, '__name__', call.func)} is differentiated for each sample of a batch")
@@ -284,6 +290,8 @@ class PerSampleSums(Interception):
                 return
             for operand, make, own in kept:
                 segment = make(g, *(tensors[i] for i in own))
+                if segment is None:
+                    continue
                 for name in operand.names:
                     self._waiting.setdefault(name, []).append((operand, segment))
             for name in single:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastewc.per_sample.batch_one import leaves_behind
 from fastewc.per_sample.layout import broadcasts
 from fastewc.per_sample.proxy import (
     Operand,
@@ -20,11 +21,12 @@ from fastewc.per_sample.proxy import (
     Recipe,
     all_tensors,
     found_proxies,
-    itself,
+    identity,
     replaced,
     tensors_in,
 )
 from fastewc.per_sample.unrolled import unrolled
+from fastewc.per_sample.user_rules import rule_of
 
 #: Functions that move entries of their first argument, and do not change, mix or repeat them.
 MOVES = frozenset(
@@ -38,7 +40,7 @@ MOVES = frozenset(
 CASTS = frozenset(
     {"to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "cpu", "cuda", "alias"}
 )
-#: Functions of each entry, whatever else they are given being numbers.
+#: Functions of each entry, whatever else they are given being constants.
 ELEMENTWISE = frozenset(
     {
         "abs", "add", "clamp", "clamp_max", "clamp_min", "clip", "cos", "div", "divide", "elu", "exp", "exp2", "expm1",
@@ -55,6 +57,8 @@ FILLS = frozenset(
         "addcmul_", "addcdiv_", "clamp_min_", "clamp_max_", "__setitem__",
     }
 )  # fmt: skip
+#: Functions that can't be answered for a parameter: its stand-in has no gradient, and may be of many.
+REFUSED = frozenset({"__set__", "backward", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
 #: Functions whose result is a constant to autograd.
 CONSTANTS = frozenset({"detach", "data", "numpy", "item", "tolist"})
 
@@ -103,11 +107,35 @@ def opened(func: Callable[..., Any]) -> Callable[..., Any] | None:
 class Interception:
     """Runs functions for proxies. Subclasses say what is batched and what is made of parameters alone."""
 
+    active = False
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        self._names = names  # of the parameters, by id
+
+    def names_of(self, leaves: Iterable[Tensor]) -> set[str]:
+        """Of the parameters that are among these tensors, or that proxies among them stand for."""
+        names: set[str] = set()
+        for leaf in leaves:
+            if isinstance(leaf, Proxy):
+                names.update(leaf.operand.names)
+            elif id(leaf) in self._names:
+                names.add(self._names[id(leaf)])
+        return names
+
+    def names_behind(self, tensors: Iterable[Tensor]) -> set[str]:
+        """Of the parameters that gradients at these tensors would go on to, by ways that torch alone knows."""
+        return self.names_of(leaf for tensor in tensors for leaf in leaves_behind(tensor))
+
     def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The function's result."""
         if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap, grad: tensors there hide the samples
             return self.escape(func, args, kwargs, f"{name_of(func)} inside a transform of torch.func")
-        inside = opened(func) or unrolled(func, args)
+        if name_of(func) in REFUSED:
+            raise NotImplementedError(
+                f"the forward calls {name_of(func)} on a parameter, or on what it made of one, which has no gradient "
+                "while whole batches are measured. Use impl='reference', which takes every sample by itself"
+            )
+        inside = None if rule_of(func) else opened(func) or unrolled(func, args)
         if inside is not None:
             return inside(*args, **kwargs)
         if writes(func, kwargs):
@@ -120,6 +148,8 @@ class Interception:
                 return func(*args, **kwargs)
         proxies = found_proxies((args, kwargs))
         others = tensors_in((args, kwargs))
+        if any(tensor.is_nested for tensor in others):
+            return self.escape(func, args, kwargs, f"{name_of(func)} of a nested tensor, which hides the samples")
         operands = dict.fromkeys(proxy.operand.key for proxy in proxies)
         key = (func, tuple(operands), tuple(t.ndim for t in others))
         return self.decide(key, func, args, kwargs)
@@ -141,6 +171,9 @@ class Interception:
         if found_proxies((args, kwargs)):
             return self.escape(func, args, kwargs, why)
         return func(*args, **kwargs)
+
+    def made(self, proxy: Proxy) -> None:
+        """There is a stand-in for something that was made of parameters."""
 
     def rewritten(self, operand: Operand, *, alone: bool) -> None:
         """The memory of something made of parameters is about to change; ``alone``: by nothing but numbers."""
@@ -190,21 +223,21 @@ class Interception:
         name = f"{name_of(func)}({', '.join(operand.key for operand in operands)})"
         if len(name) > _LONGEST:  # of what is made of itself again and again
             name = hashlib.sha256(name.encode()).hexdigest()
-        moves = len(operands) == 1 and args and isinstance(args[0], Proxy)
 
         def wrap(tensor: Any, index: int | None) -> Any:
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.requires_grad:
                 return tensor
             view, picked, slope = None, None, None
-            if moves:
+            if len(operands) == 1:
                 view, picked, slope = _entries(operands[0], func, args, kwargs, tensor, index)
             names = tuple(dict.fromkeys(name for operand in operands for name in operand.names))
             leaves = {name: leaf for operand in operands for name, leaf in operand.leaves.items()}
             key = name if index is None else f"{name}[{index}]"
             memory = next((o.memory for o in operands if _shared(o.value, tensor)), None)
             recipe = Recipe.of(func, args, kwargs, tensor)
-            made = Operand(key, names, tensor, view, leaves, picked, slope, constant, recipe, memory)
-            return Proxy.of(made, self)
+            proxy = Proxy.of(Operand(key, names, tensor, view, leaves, picked, slope, constant, recipe, memory), self)
+            self.made(proxy)
+            return proxy
 
         if isinstance(result, (tuple, list)):
             return type(result)(wrap(tensor, i) for i, tensor in enumerate(result))
@@ -227,16 +260,17 @@ def _entries(
     before = source.view
     if before is None:
         return None, None, None
-    move = _move(source, func, args, kwargs, result, index)
-    if move is itself:
+    first = bool(args) and isinstance(args[0], Proxy)
+    move = _move(source, func, args, kwargs, result, index) if first else None
+    if move is identity:
         return before, source.picked, source.slope
     if move is not None:
         return lambda whole: move(before(whole)), source.picked, None if source.slope is None else move(source.slope)
-    slope = _slope(source, func, args, kwargs, result)
+    slope = _slope(source, func, result)
     if slope is not None:
         return before, None, slope
-    picked = _picked(source, func, args, kwargs, result)
-    return None if picked is None else itself, picked, None
+    picked = _picked(source, func, args, kwargs, result) if first else None
+    return None if picked is None else identity, picked, None
 
 
 def _move(
@@ -246,7 +280,7 @@ def _move(
     """Takes the result's entries out of a tensor like the source; None if they are not simply there."""
     name = name_of(func)
     if name in CASTS:
-        return itself
+        return identity
     if name not in MOVES or (source.value.numel() and not _shared(source.value, result)):
         return None
 
@@ -258,12 +292,10 @@ def _move(
     return move
 
 
-def _slope(
-    source: Operand, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Tensor
-) -> Tensor | None:
+def _slope(source: Operand, func: Callable[..., Any], result: Tensor) -> Tensor | None:
     """Of a function of each entry, by the parameter's entries; None if it was something else."""
     known = source.picked is None and name_of(func).strip("_") in ELEMENTWISE
-    if not known or result.shape != source.value.shape or len(all_tensors((args, kwargs))) > 1:
+    if not known or result.shape != source.value.shape:
         return None
     (slope,) = torch.autograd.grad(result, source.value, torch.ones_like(result), retain_graph=True)
     return slope if source.slope is None else slope * source.slope

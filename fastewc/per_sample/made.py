@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastewc.per_sample.layout import Layout
-from fastewc.per_sample.proxy import Operand, Proxy, replaced
+from fastewc.per_sample.proxy import Operand, Proxy, edge_of, mapped, replaced
 from fastewc.per_sample.rules import LEADING, RULES, Call, Use
 from fastewc.per_sample.segments import EXPLICIT, Scale, Segment, back_together
 
@@ -40,7 +40,7 @@ def taken_back(operand: Operand, segments: Sequence[Segment]) -> list[tuple[Oper
     sizes = [operand.value.numel(), *(step.value.numel() for step, _ in ruled)]
     leaves = {name: operand.leaves[name] for name, found in uses.items() if found is None}
     for name, leaf in leaves.items():
-        edges[name] = torch.autograd.graph.get_gradient_edge(leaf)
+        edges[name] = edge_of(leaf)
         sizes.append(leaf.numel())
     if samples * max(sizes) > EXPLICIT:
         return None
@@ -49,7 +49,7 @@ def taken_back(operand: Operand, segments: Sequence[Segment]) -> list[tuple[Oper
     if gradients is None:
         return None
     at = dict(zip(edges, gradients, strict=True))
-    found = [(use.operand, use.segment(at[id(step)], *use.saved)) for step, use in ruled]
+    found = [(use.operand, segment) for step, use in ruled if (segment := use.segment(at[id(step)], *use.saved))]
     return found + [(Operand.of(name, leaf), Scale(at[name], tuple(leaf.shape))) for name, leaf in leaves.items()]
 
 
@@ -88,13 +88,11 @@ def _uses(step: Operand, samples: int) -> list[tuple[str, Use | None]]:
 
 def _lifted(content: Any, ndim: int, samples: int) -> Any:
     """Every tensor that is no proxy, [...] → [samples, ...] with as many dimensions as the result has."""
-    if isinstance(content, Proxy):
-        return content
-    if isinstance(content, Tensor):
-        content = content[(None,) * (ndim - content.ndim)]
-        return content.expand(samples, *content.shape)
-    if isinstance(content, (tuple, list)):
-        return type(content)(_lifted(part, ndim, samples) for part in content)
-    if isinstance(content, dict):
-        return {key: _lifted(part, ndim, samples) for key, part in content.items()}
-    return content
+
+    def lift(leaf: Any) -> Any:
+        if isinstance(leaf, Proxy) or not isinstance(leaf, Tensor):
+            return leaf
+        leaf = leaf[(None,) * (ndim - leaf.ndim)]
+        return leaf.expand(samples, *leaf.shape)
+
+    return mapped(content, lift)

@@ -8,7 +8,7 @@ parameter's gradients are taken sample by sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from fastewc.per_sample.interception import COMPLEX, Interception, Key, name_of
 from fastewc.per_sample.layout import Layout, Unclear, confirmed, layout_of
 from fastewc.per_sample.picking import Picking
 from fastewc.per_sample.proxy import Operand, found_proxies, replaced, tensors_in
+from fastewc.per_sample.user_rules import rule_of
 
 Decision = Layout | Literal["derived"]
 _RUNS = 12
@@ -39,12 +40,13 @@ class Plan:
 class Planner(Interception):
     """Watches a model run with one sample (``alone``) and with two, and makes a :class:`Plan`."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__(names)
         self.plan = Plan()
         self._samples = 0
         self._seen: dict[int, dict[Key, list[Any]]] = {1: {}, 2: {}}
         self._treated: dict[Key, set[bool]] = {}  # as derived or not, in the latest two runs
-        self._names: dict[str, tuple[str, ...]] = {}  # of the parameters behind an operand
+        self._made_of: dict[str, tuple[str, ...]] = {}  # operand -> names of its parameters
         self._picking = Picking()
         self._before: Any = None  # what the latest two runs called, and how it was treated
         self._met: dict[int, Tensor] = {}  # memory, kept, of what samples have met in this run
@@ -63,22 +65,22 @@ class Planner(Interception):
             self._give_up(self._seen[1], "the functions that a forward calls depend on the number of samples")
         for key, calls in self._seen[1].items():
             if isinstance(self.plan.decisions.get(key), Layout):
-                for name in {name for operand in key[1] for name in self._names[operand]}:
+                for name in {name for operand in key[1] for name in self._made_of[operand]}:
                     self.plan.uses[name] = self.plan.uses.get(name, 0) + len(calls)
         return self.plan
 
     def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The function's result; what was made under no_grad is a constant outside of it."""
         if torch.is_grad_enabled() and any(proxy.operand.constant for proxy in found_proxies((args, kwargs))):
-            args, kwargs = replaced(
-                (args, kwargs), lambda proxy: proxy.operand.plain if proxy.operand.constant else proxy
-            )
+            args, kwargs = replaced((args, kwargs), lambda proxy: proxy.itself if proxy.operand.constant else proxy)
             if not found_proxies((args, kwargs)):
                 return func(*args, **kwargs)
         return super().call(func, args, kwargs)
 
     def decide(self, key: Key, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run it, keep what it gave, and go on as far as is known."""
+        rule = rule_of(func)
+        before = None if rule is None else rule.reach(args, kwargs)
         result = self.plainly(func, args, kwargs)
         operands = [proxy.operand for proxy in found_proxies((args, kwargs))]
         if all(name in self.plan.given_up for operand in operands for name in operand.names):
@@ -89,6 +91,11 @@ class Planner(Interception):
         if _counts_in_batch(func, args, kwargs):
             for operand in operands:
                 self._refuse(operand.names, "scale_grad_by_freq counts the ids of a whole batch")
+        if rule is not None and before is not None:
+            why = rule.misfit(result, before, rule.reach(args, kwargs))
+            if why is not None:
+                self._refuse([name for operand in operands for name in operand.names], why)
+                return result
         if any(t.is_complex() for t in tensors_in(result)):
             return self.escape(func, args, kwargs, COMPLEX)
         tensors = [t for t in tensors_in(result) if t.is_floating_point()]
@@ -100,8 +107,15 @@ class Planner(Interception):
         if decision is None:
             decision = "derived" if self._looks_derived(key, args, kwargs, tensors) else None
         self._treated.setdefault(key, set()).add(decision == "derived")
-        self._names.update((proxy.operand.key, proxy.operand.names) for proxy in found_proxies((args, kwargs)))
+        self._made_of.update((proxy.operand.key, proxy.operand.names) for proxy in found_proxies((args, kwargs)))
         if decision == "derived":
+            if behind := self.names_behind(tensors_in((args, kwargs))):
+                names = (*behind, *(name for operand in operands for name in operand.names))
+                self._refuse(
+                    names,
+                    f"{name_of(func)} of it and of what was made of a parameter in a way that no torch function shows",
+                )
+                return result
             return self.derived(key, func, args, kwargs)
         self._met.update((operand.value.untyped_storage().data_ptr(), operand.value) for operand in operands)
         return result
@@ -118,14 +132,13 @@ class Planner(Interception):
         return super().escape(func, args, kwargs, why)
 
     def _looks_derived(self, key: Key, args: Sequence[Any], kwargs: dict[str, Any], results: list[Tensor]) -> bool:
-        """With one sample: as large as with two. Before that a guess, that :meth:`_settle` corrects.
+        """As large as in the latest run of the other number of samples; before that a guess that :meth:`_settle` mends.
 
         Nothing else took part, and there is nothing in it with the number of samples, or not more than in a parameter.
         """
-        if self._samples == 1:
-            twos, index = self._seen[2].get(key, []), len(self._seen[1][key]) - 1
-            if index < len(twos):
-                return [t.shape for t in twos[index][0]] == [t.shape for t in results]
+        before, index = self._seen[3 - self._samples].get(key, []), len(self._seen[self._samples][key]) - 1
+        if index < len(before):
+            return [t.shape for t in before[index][0]] == [t.shape for t in results]
         others = tensors_in((args, kwargs))
         alone = not any(t.is_floating_point() for t in others)
         most = 0 if others else max(proxy.numel() for proxy in found_proxies((args, kwargs)))
@@ -138,7 +151,7 @@ class Planner(Interception):
         right, unclear = alone.keys() == together.keys(), dict[Key, Unclear]()
         for key in alone.keys() & together.keys():
             try:
-                self.plan.decisions[key] = decision = self._decided(alone[key], together[key])
+                self.plan.decisions[key] = decision = self._decided(key, alone[key], together[key])
             except Unclear as error:
                 unclear[key] = error
             else:
@@ -150,8 +163,11 @@ class Planner(Interception):
                 self._give_up({key: None}, f"{name_of(key[0])}: {why}")
         return right
 
-    def _decided(self, alone: list[Any], together: list[Any]) -> Decision:
+    def _decided(self, key: Key, alone: list[Any], together: list[Any]) -> Decision:
         if len(alone) != len(together):
+            shapes = {tuple(tensor.shape for tensor in results) for results, _ in (*alone, *together)}
+            if not key[2] and len(shapes) == 1:  # no tensor takes part: samples do not, however often it is called
+                return "derived"
             raise Unclear("it is called more often for more samples")
         found: set[Decision] = set()
         for (ones, given), (twos, given_too) in zip(alone, together, strict=True):
@@ -167,11 +183,18 @@ class Planner(Interception):
                 found.add(_confirmed(layout, one, two, list(zip(given, given_too, strict=True))))
         if len(found) != 1:
             raise Unclear("its results have the samples in different places")
-        return found.pop()
+        decision = found.pop()
+        if (
+            isinstance(decision, Layout)
+            and (decision.dim or decision.merged == "minor")
+            and rule_of(key[0]) is not None
+        ):
+            raise Unclear("its rule needs the samples in dimension 0, one after the other")
+        return decision
 
     def _give_up(self, keys: dict[Key, Any], why: str) -> None:
         for key in keys:
-            self._refuse([name for operand in key[1] for name in self._names[operand]], why)
+            self._refuse([name for operand in key[1] for name in self._made_of[operand]], why)
 
     def _refuse(self, names: Sequence[str], why: str) -> None:
         for name in names:

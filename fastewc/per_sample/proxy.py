@@ -22,7 +22,13 @@ P = TypeVar("P", bound="Proxy")
 
 
 class Catcher(Protocol):
-    """Who decides what a torch function with proxies among its arguments does."""
+    """Who decides what a torch function with proxies among its arguments does.
+
+    ``active`` while its proxies are in place. One that a model has kept (in a cache of its own) and uses afterwards is
+    what it stands for.
+    """
+
+    active: bool
 
     def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The result of ``func``."""
@@ -37,7 +43,7 @@ class Operand:
         value: the plain tensor. For one that arithmetic made (``view`` is None) it carries the graph to ``leaves``.
         view: gives the part of a parameter-shaped tensor that this operand is (a transpose, a chunk, a cast: entries
             are moved, never mixed); None if arithmetic made it, or a write into its memory since.
-        leaves: for arithmetic, by name: the tensors that ``value``'s graph ends in.
+        leaves: for arithmetic, by name: the parameters, which ``value``'s graph ends in.
         picked: where it came from, if it is made of rows of a table; ``view`` is then of a tensor like these rows.
         slope: of the entries by those of the parameter, where each was made of one (exp(w), 1 + w); None for 1.
         constant: made under no_grad; what autograd records does not see where it came from.
@@ -65,7 +71,7 @@ class Operand:
     @classmethod
     def of(cls, name: str, leaf: Tensor) -> Operand:
         """A whole parameter."""
-        return cls(name, (name,), leaf, itself, {name: leaf})
+        return cls(name, (name,), leaf, identity, {name: leaf})
 
     @property
     def view(self) -> Callable[[Tensor], Tensor] | None:
@@ -96,7 +102,7 @@ class Operand:
     @property
     def whole(self) -> bool:
         """True for a parameter as it is."""
-        return self.view is itself and self.slope is None and self.picked is None
+        return self.view is identity and self.slope is None and self.picked is None
 
     @property
     def made(self) -> bool:
@@ -129,8 +135,7 @@ class Recipe:
     @classmethod
     def of(cls, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Tensor) -> Recipe:
         """That of a function that has just been called."""
-        edge = torch.autograd.graph.get_gradient_edge(result)
-        return cls(func, args, kwargs, edge, [one.value._version for one in _operands(args, kwargs)])
+        return cls(func, args, kwargs, edge_of(result), [one.value._version for one in _operands(args, kwargs)])
 
     @property
     def operands(self) -> list[Operand]:
@@ -177,27 +182,45 @@ class Proxy(Tensor):
         proxy.operand, proxy.catcher = operand, catcher
         return proxy
 
+    @property
+    def itself(self) -> Tensor:
+        """What torch would have here without us: a constant, or with a graph to the parameters."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.grad_fn is not None:  # a custom Function has returned it
+                return self.as_subclass(Tensor)
+        return self.operand.plain if self.operand.constant else self.operand.value
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Everything that torch does with a proxy."""
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") == "__get__":
+        kwargs, name, attribute = kwargs or {}, getattr(func, "__name__", ""), getattr(func, "__self__", None)
+        if name == "__get__" or (name == "__set__" and attribute is Tensor.grad):
             with torch._C.DisableTorchFunctionSubclass():
                 found = func(*args)
-            if not isinstance(found, Tensor) or getattr(func, "__self__", None) is Tensor.data:
+            if not isinstance(found, Tensor) or attribute in (Tensor.data, Tensor.grad):
                 return found
-        return found_proxies((args, kwargs))[0].catcher.call(func, args, kwargs)
+        proxies = found_proxies((args, kwargs))
+        if not all(proxy.catcher.active for proxy in proxies):
+            args, kwargs = replaced((args, kwargs), lambda p: p if p.catcher.active else p.itself)
+            proxies = found_proxies((args, kwargs))
+        return proxies[0].catcher.call(func, args, kwargs) if proxies else func(*args, **kwargs)
 
 
 class Slot(Proxy, nn.Parameter):
     """In the place of a parameter itself. Only this is one: a module that is given a parameter keeps it as its own."""
 
 
-def itself(whole: Tensor) -> Tensor:
+def identity(whole: Tensor) -> Tensor:
     """The view that is all of it."""
     return whole
+
+
+def edge_of(tensor: Tensor) -> Any:
+    """Where its gradient arrives, for torch.autograd.grad."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.autograd.graph.get_gradient_edge(tensor)
 
 
 def found_proxies(content: Any) -> list[Proxy]:
@@ -228,17 +251,26 @@ def _gather(content: Any, found: list[Tensor]) -> None:
             _gather(part, found)
 
 
-def replaced(content: Any, change: Callable[[Proxy], Tensor]) -> Any:
+def replaced(content: Any, change: Callable[[Proxy], Any]) -> Any:
     """The same nested arguments with something else in place of each proxy."""
-    if isinstance(content, Proxy):
-        return change(content)
-    if isinstance(content, tuple) and hasattr(content, "_fields"):
-        return type(content)(*(replaced(part, change) for part in content))
-    if isinstance(content, (tuple, list)):
-        return type(content)(replaced(part, change) for part in content)
+    return mapped(content, lambda leaf: change(leaf) if isinstance(leaf, Proxy) else leaf)
+
+
+def mapped(content: Any, change: Callable[[Any], Any]) -> Any:
+    """Nested arguments with ``change`` of every leaf; a container in which nothing changes is the same object.
+
+    A function may write into a list that it is given, and means the caller's.
+    """
     if isinstance(content, dict):
-        return {key: replaced(part, change) for key, part in content.items()}
-    return content
+        values = [mapped(part, change) for part in content.values()]
+        same = all(a is b for a, b in zip(values, content.values(), strict=True))
+        return content if same else dict(zip(content, values, strict=True))
+    if not isinstance(content, (tuple, list)):
+        return change(content)
+    parts = [mapped(part, change) for part in content]
+    if all(a is b for a, b in zip(parts, content, strict=True)):
+        return content
+    return type(content)(*parts) if hasattr(content, "_fields") else type(content)(parts)
 
 
 class Slots:
@@ -246,6 +278,7 @@ class Slots:
 
     Args:
         proxies: what stands in for a parameter, by id.
+        catcher: whose proxies they are.
         module: the tree.
         parameters: the parameters.
 
@@ -254,11 +287,12 @@ class Slots:
         edges: where it would arrive, for torch.autograd.grad.
     """
 
-    def __init__(self, proxies: dict[int, Slot], module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        self._proxies, self._module = proxies, module
+    def __init__(
+        self, proxies: dict[int, Slot], catcher: Catcher, module: nn.Module, parameters: Sequence[nn.Parameter]
+    ) -> None:
+        self._proxies, self._catcher, self._module = proxies, catcher, module
         self.shown: list[Tensor] = [*proxies.values(), *parameters]
-        with torch._C.DisableTorchFunctionSubclass():
-            self.edges = [torch.autograd.graph.get_gradient_edge(tensor) for tensor in self.shown]
+        self.edges = [edge_of(tensor) for tensor in self.shown]
         self._places = [
             (owner._parameters, name, parameter)
             for owner in module.modules()
@@ -273,8 +307,10 @@ class Slots:
         try:
             for slots, name, parameter in self._places:
                 slots[name] = self._proxies[id(parameter)]
+            self._catcher.active = True
             yield self
         finally:
+            self._catcher.active = False
             for slots, name, parameter in self._places:
                 slots[name] = parameter
             for content, before in attributes:

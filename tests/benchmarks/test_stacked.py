@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import fastewc
 from benchmarks.paper import grid
-from benchmarks.paper.mnist_tasks import Split
-from benchmarks.paper.protocol import Row, run_once
-from benchmarks.paper.stacked import Method, Network, StackedMLP, run_stack
+from benchmarks.paper.mnist_tasks import Split, pixel_orders
+from benchmarks.paper.protocol import Row, build_mlp, measure_importance, run_once
+from benchmarks.paper.stacked import Method, Network, StackedMLP, Training, run_stack
 from fastewc.testing import assert_within_roundings
 from tests.benchmarks.test_permuted_mnist import SMALL, prototypes
 
@@ -47,7 +51,7 @@ def test_each_network_is_as_if_alone(method: Method, double: None) -> None:
             for key in ("exp_avg", "exp_avg_sq"):
                 got = moments[key][s].reshape(wanted[key].shape)
                 scale = wanted[key].abs().max().expand_as(got)
-                assert_within_roundings(got, wanted[key], roundings=1e6, error_scale=scale, context=(i, key))
+                assert_within_roundings(got, wanted[key], roundings=1e6, error_scale=scale, context=f"{i} {key}")
 
 
 def test_different_seeds_and_lambdas_are_different_runs() -> None:
@@ -66,6 +70,75 @@ def test_a_network_shares_the_memory_of_the_stack() -> None:
         stack.weights[0][1].zero_()
         torch.testing.assert_close(stack.network(1)(x), stack(x.expand(2, 5, 3))[1])
         assert not stack.network(1)[0].weight.any()
+
+
+def reference(training: Training, ewc_lambda: float) -> torch.optim.Optimizer:
+    """One network of seed 0 in a plain loop: torch's SGD, and the penalty in the loss or in fastewc's step."""
+    data, generator = doubles(), torch.Generator().manual_seed(10_000)
+    torch.manual_seed(0)
+    model = build_mlp(36, SMALL.hidden, 10)
+    ewc = fastewc.EWC(model, ewc_lambda=ewc_lambda, variant="stabilized")
+    norm = None if training.clip_sum else training.clip
+    optimizer: Any = fastewc.optim.SGD(
+        model.parameters(), lr=0.05, momentum=0.9, max_grad_norm=norm, ewc=None if training.by_loss else ewc
+    )
+    for k, pixels in enumerate(pixel_orders(SMALL.tasks, 36, SMALL.permutations)):
+        task, step = data.permuted(pixels), 0
+        for _ in range(SMALL.epochs):
+            for index in torch.randperm(120, generator=generator).split(SMALL.batch):
+                optimizer.param_groups[0]["lr"] = lr = (
+                    0.025 * (1 + math.cos(math.pi * step / 12)) if training.cosine else 0.05
+                )
+                loss = torch.nn.functional.cross_entropy(model(task.train_x[index]), task.train_y[index])
+                if training.by_loss:
+                    loss = loss + ewc.penalty(0.05 if training.fixed_alpha else lr)
+                optimizer.zero_grad()
+                loss.backward()
+                if training.clip_sum and training.clip is not None:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+                optimizer.step()
+                step += 1
+        if k < SMALL.tasks - 1:
+            last = slice(-SMALL.importance_samples, None)
+            ewc.consolidate(measure_importance("fisher", model.eval(), task.train_x[last], task.train_y[last]))
+            model.train()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        Training("momentum"),
+        Training("momentum", clip=0.3),
+        Training("momentum", clip=0.3, clip_sum=True),
+        Training("momentum", cosine=True),
+        Training("momentum", cosine=True, fixed_alpha=True),
+    ],
+    ids=["sgd", "clip task", "clip sum", "live alpha", "fixed alpha"],
+)
+def test_other_ways_to_train_are_those_of_a_plain_loop(training: Training, double: None) -> None:
+    protocol = replace(SMALL, lr=0.05)
+    stack = run_stack(
+        Method("fisher", "stabilized"), [Network(300.0, 0), Network(3.0, 1)], doubles(), protocol=protocol,
+        training=training,
+    )  # fmt: skip
+    wanted = [state["momentum_buffer"] for state in reference(training, 300.0).state.values()]  # weight, bias, …
+    for i, moments in stack.moments.items():
+        alone = wanted[2 * (i % 3) + i // 3]
+        got = moments["momentum_buffer"][0].reshape(alone.shape)
+        assert_within_roundings(got, alone, roundings=1e6, error_scale=alone.abs().max().expand_as(got), context=str(i))
+
+
+def test_a_network_that_diverges_is_noted_and_leaves_the_others_alone(double: None) -> None:
+    protocol, training = replace(SMALL, lr=0.5), Training("sgd")
+    found = run_stack(
+        Method("fisher", "plain"), [Network(1e9, 0), Network(1.0, 1)], doubles(), protocol=protocol, training=training
+    )
+    assert found.diverged[0] in (1, 2)
+    assert found.diverged[1] is None
+    assert found.stiffest[0] > 2 > found.stiffest[1]
+    alone = run_stack(Method("fisher", "plain"), [Network(1.0, 1)], doubles(), protocol=protocol, training=training)
+    assert found.per_task[1] == alone.per_task[0]
 
 
 class Stopped(Exception):

@@ -269,6 +269,12 @@ def test_samples_in_sorted_order():
     assert_importance(mas_importance(model, [x]), oracle)
 
 
+@pytest.mark.parametrize("offset", [0, 100])
+def test_samples_in_another_order_inside(offset):
+    model = Lambda(lambda m, x: m.a(m.a(x).flip(0) + x.flip(0)).flip(0), a=nn.Linear(4, 4)).double().eval()
+    assert_exact(model, TOKENS().double() + offset, slow={"a.weight", "a.bias"})
+
+
 def test_branches():
     def forward(model, x):
         h = model.a(x)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, parametrize
 
 from tests.per_sample.checking import Lambda, assert_exact, floats, weight, with_statistics
 
@@ -67,6 +66,10 @@ def test_scale_of_zero(make, inputs):
 
 def by(forward, *shape, **parts):
     return lambda: Lambda(forward, w=weight(*shape), **parts)
+
+
+def constant(*shape):
+    return nn.Parameter(torch.rand(shape), requires_grad=False)
 
 
 def scalar():
@@ -142,6 +145,12 @@ RAW = {
     "halved": (by(lambda m, x: x * (m.w / 2) + 3 * m.w, 4), TOKENS),
     "sub with alpha": (by(lambda m, x: torch.sub(x, m.w, alpha=2), 4), TOKENS),
     "1 + w, used twice": (by(lambda m, x: (lambda w: (x * w).tanh() + w)(1.0 + m.w), 4), TOKENS),
+    "times constants": (
+        by(lambda m, x: x * (m.w * m.c) + x.sin() * (m.c / m.w) + (m.w - m.c).abs().pow(m.c), 4, c=constant(4)), TOKENS,
+    ),
+    "times a constant of more entries": (by(lambda m, x: x * (m.w * m.c).sum(0), 4, c=constant(3, 4)), TOKENS),
+    "pruned matrix": (by(lambda m, x: F.linear(x, (m.c > 0) * m.w) @ m.w, 4, 4, c=constant(4, 4)), TOKENS),
+    "straight through": (by(lambda m, x: F.linear(x, m.w + (m.w.round() - m.w).detach()), 3, 4), TOKENS),
     "matrix of functions": (by(lambda m, x: F.linear(x, 2 * m.w.sigmoid()), 3, 4), TOKENS),
     "matrix of functions, transposed": (by(lambda m, x: x @ (-m.w.exp()).T[:, 1:], 3, 4), TOKENS),
     "a matrix and a function of it": (by(lambda m, x: F.linear(x.sin() @ m.w.exp().T, m.w.T), 3, 4), TOKENS),
@@ -240,26 +249,3 @@ def test_zero_weights_where_samples_share_a_dimension():
         nn.init.zeros_(p)
     nn.init.normal_(model.a.weight)
     assert_exact(model.double().eval(), TOKENS().double())
-
-
-class Doubled(nn.Module):
-    def forward(self, w):
-        return w.tril() + w.tril(-1).mT
-
-
-@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "orthogonal", "own"])
-def test_parametrized(name):
-    layer = nn.Linear(4, 4)
-    if name == "own":
-        parametrize.register_parametrization(layer, "weight", Doubled())
-    else:
-        layer = getattr(parametrizations, name)(layer)
-    model = nn.Sequential(layer, nn.Tanh()).double().eval()
-    made = {n for n, _ in model.named_parameters() if "parametrizations" in n}
-    assert_exact(model, TOKENS().double(), op=made)
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
-def test_old_weight_norm():
-    layer = nn.utils.weight_norm(nn.Linear(4, 4))
-    assert_exact(nn.Sequential(layer, nn.Tanh()).double().eval(), TOKENS().double(), op={"0.weight_g", "0.weight_v"})

@@ -70,6 +70,73 @@ def pyramid():
     return resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=3)
 
 
+def mobile(*, fpn=False):
+    """MobileNetV2 with all BatchNorms trained, as a detector's backbone or the outputs of two of its stages."""
+    from torchvision.models._utils import IntermediateLayerGetter
+    from torchvision.models.detection.backbone_utils import mobilenet_backbone
+
+    if fpn:
+        return mobilenet_backbone(
+            backbone_name="mobilenet_v2", weights=None, fpn=True, trainable_layers=6, norm_layer=nn.BatchNorm2d
+        )
+    net = models.mobilenet_v2(weights=None, width_mult=0.25)
+    return IntermediateLayerGetter(net.features, {"13": "aux", "17": "out"})
+
+
+def fcn():
+    head = models.segmentation.fcn.FCNHead
+    return models.segmentation.FCN(mobile(), head(80, 4), head(24, 4))
+
+
+def deep_lab():
+    head = models.segmentation.deeplabv3.DeepLabHead(80, 4, (2, 3))
+    return models.segmentation.DeepLabV3(mobile(), head, models.segmentation.fcn.FCNHead(24, 4))
+
+
+def maps(model, x):
+    return torch.cat([found.movedim(1, -1) for found in model(x).values()], 1)
+
+
+class Head(nn.Module):
+    """A detector's head over three levels of feature maps."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, x):
+        return self.head([x, F.avg_pool2d(x, 2), F.avg_pool2d(x, 4)])
+
+
+def retina_net(name):
+    from torchvision.models.detection import retinanet
+
+    sizes = (8, 3, 4) if name == "RetinaNetClassificationHead" else (8, 3)
+    return Head(getattr(retinanet, name)(*sizes, norm_layer=lambda channels: nn.GroupNorm(2, channels)))
+
+
+def fcos():
+    from torchvision.models.detection.fcos import FCOSHead
+
+    return Head(FCOSHead(64, 2, 4, num_convs=2))
+
+
+def rpn():
+    from torchvision.models.detection.rpn import RPNHead
+
+    return Head(RPNHead(8, 3))
+
+
+def parts(model, x):
+    found = model(x)
+    found = found.values() if isinstance(found, dict) else [part for level in found for part in level]
+    return torch.cat([part.flatten(1) for part in found], 1)
+
+
+def features(channels):
+    return lambda: torch.randn(N, channels, 8, 8, dtype=torch.float64)
+
+
 def levels(model, x):
     return torch.cat([level.flatten(1) for level in model(x).values()], 1)
 
@@ -89,7 +156,16 @@ IMAGES = {
         small(models.segmentation.lraspp_mobilenet_v3_large, weights=None, weights_backbone=None, num_classes=4),
         images(32), lambda m, x: m(x)["out"].movedim(1, -1),
     ),
+    "fcn": Kind(fcn, images(64), maps),
+    "deeplabv3": Kind(deep_lab, images(64), maps),
     "resnet_fpn_backbone": Kind(pyramid, images(32), levels, "gaussian"),
+    "mobilenet_fpn_backbone": Kind(small(mobile, fpn=True), images(32), levels, "gaussian"),
+    "retinanet_classes": Kind(small(retina_net, "RetinaNetClassificationHead"), features(8)),
+    "retinanet_boxes": Kind(small(retina_net, "RetinaNetRegressionHead"), features(8), loss="gaussian"),
+    "fcos_head": Kind(fcos, features(64), parts, "gaussian"),
+    "rpn_head": Kind(rpn, features(8), parts, "gaussian"),
+    "shufflenet": Kind(small(models.shufflenet_v2_x0_5, num_classes=7), images(32)),
+    "regnet": Kind(small(models.regnet_y_400mf, num_classes=7), images(32)),
 }  # fmt: skip
 
 

@@ -15,11 +15,14 @@ from fastewc.per_sample.segments import Segment
 
 @dataclass(frozen=True)
 class Use:
-    """One operand of a call: ``segment(g, *saved)`` makes its segment from the gradient at the call's result."""
+    """One operand of a call: ``segment(g, *saved)`` makes its segment from the gradient at the call's result.
+
+    None where a rule knows that there is no gradient.
+    """
 
     operand: Operand
     saved: tuple[Tensor, ...]
-    segment: Callable[..., Segment]
+    segment: Callable[..., Segment | None]
 
 
 @dataclass

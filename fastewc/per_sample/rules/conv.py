@@ -101,7 +101,7 @@ def _bias(call: Call, bias: Proxy | Tensor | None) -> list[Use]:
     operand = bias.operand
     use = added(call, operand)
 
-    def segment(g: Tensor) -> Segment:
+    def segment(g: Tensor) -> Segment | None:
         return use.segment(g.movedim(1, -1))
 
     return [Use(operand, (), segment)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastewc.per_sample.layout import broadcasts
-from fastewc.per_sample.proxy import Operand, Proxy, found_proxies, replaced
+from fastewc.per_sample.proxy import Operand, Proxy, found_proxies, mapped, replaced
 from fastewc.per_sample.rules.base import Call, Use
 from fastewc.per_sample.segments import Reran, Scale, Segment
 
@@ -57,47 +57,40 @@ def _uses(
     call: Call, make: Callable[[Operand, Callable[[Tensor, Sequence[Tensor]], Tensor]], Callable[..., Segment]]
 ) -> list[Use]:
     """A use of each operand; ``make`` gets what calls the function anew, with a tensor in the operand's place."""
-    tensors = list[Tensor]()
-
-    def keep(content: Any) -> Any:
-        """The arguments with every tensor that is no proxy replaced by its place in ``tensors``."""
-        if isinstance(content, Proxy):
-            return content
-        if isinstance(content, Tensor):
-            tensors.append(content)
-            return _Place(len(tensors) - 1)
-        if isinstance(content, (tuple, list)):
-            return type(content)(keep(part) for part in content)
-        if isinstance(content, dict):
-            return {key: keep(part) for key, part in content.items()}
-        return content
-
-    args, kwargs = keep(list(call.args)), keep(call.kwargs)
+    content, tensors = apart((list(call.args), call.kwargs))
 
     def again(operand: Operand) -> Callable[[Tensor, Sequence[Tensor]], Tensor]:
         def run(leaf: Tensor, saved: Sequence[Tensor]) -> Tensor:
             def choose(proxy: Proxy) -> Tensor:
                 return leaf if proxy.operand is operand else proxy.operand.plain
 
-            there_args, there_kwargs = _put_back(replaced((args, kwargs), choose), saved)
-            result: Tensor = call.func(*there_args, **there_kwargs)
+            args, kwargs = put_back(replaced(content, choose), saved)
+            result: Tensor = call.func(*args, **kwargs)
             return result
 
         return run
 
-    operands = {id(p.operand): p.operand for p in found_proxies((args, kwargs))}.values()
-    return [Use(operand, tuple(tensors), make(operand, again(operand))) for operand in operands]
+    operands = {id(p.operand): p.operand for p in found_proxies(content)}.values()
+    return [Use(operand, tensors, make(operand, again(operand))) for operand in operands]
 
 
 class _Place(int):
     """The place of a tensor in a list."""
 
 
-def _put_back(content: Any, tensors: Sequence[Tensor]) -> Any:
-    if isinstance(content, _Place):
-        return tensors[content]
-    if isinstance(content, (tuple, list)):
-        return type(content)(_put_back(part, tensors) for part in content)
-    if isinstance(content, dict):
-        return {key: _put_back(part, tensors) for key, part in content.items()}
-    return content
+def apart(content: Any) -> tuple[Any, tuple[Tensor, ...]]:
+    """Nested arguments without their tensors, but with their proxies; and the tensors, to be saved for backward."""
+    tensors = list[Tensor]()
+
+    def keep(leaf: Any) -> Any:
+        if isinstance(leaf, Proxy) or not isinstance(leaf, Tensor):
+            return leaf
+        tensors.append(leaf)
+        return _Place(len(tensors) - 1)
+
+    return mapped(content, keep), tuple(tensors)
+
+
+def put_back(content: Any, tensors: Sequence[Tensor]) -> Any:
+    """What :func:`apart` took apart."""
+    return mapped(content, lambda leaf: tensors[leaf] if isinstance(leaf, _Place) else leaf)

@@ -1,0 +1,141 @@
+"""What the paper says of its stabilised penalty and does not measure.
+
+    python -m benchmarks.paper.claims --data-root PATH [--experiment explosion clipping schedule] [--seeds 3]
+
+Kutalev & Lapina (arXiv 2109.10021, §2) argue that the plain penalty makes gradients explode where αλΩ is large, that
+clipping them makes the network forget or stop learning, and that a bounded penalty needs neither. On their network and
+tasks (the first four, two epochs each):
+
+- *explosion*: SGD and SGD with momentum over λ, up to αλΩ far above 2, where a quadratic penalty diverges.
+- *clipping*: the gradient's norm bounded, of task and penalty together (as they do it) or of the task alone.
+- *schedule*: a learning rate that falls to 0 within each task, the penalty's α with it or not.
+
+α is the learning rate, Ω the Fisher diagonal, summed over tasks. Results are written after each part; the command,
+repeated, does what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.paper.grid import student_half_width
+from benchmarks.paper.mnist_tasks import load_mnist
+from benchmarks.paper.protocol import Protocol
+from benchmarks.paper.stacked import Method, Network, Training, run_stack
+from benchmarks.results_row import ROOT, machine, row, write
+
+SHORT = Protocol(tasks=4, epochs=2)
+VARIANTS = ("plain", "stabilized", "proximal", "wva")
+RATES = {"sgd": 0.1, "momentum": 0.02, "adam": 1e-3}
+WIDE = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
+USEFUL = (1e1, 1e2, 1e3, 1e4)
+NORMS = (0.03, 0.1, 0.3, 1.0)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one stack answers: a penalty under one way of training, over λ."""
+
+    experiment: str
+    variant: str
+    training: Training
+    lambdas: Sequence[float]
+
+    def name(self, ewc_lambda: float) -> str:
+        """Of the row in the results."""
+        how = [self.training.optimizer]
+        if self.training.clip is not None:
+            how.append(f"clip {'sum' if self.training.clip_sum else 'task'} {self.training.clip:g}")
+        if self.training.cosine:
+            how.append(f"cosine, {'fixed' if self.training.fixed_alpha else 'live'} alpha")
+        return "/".join(["claims", self.experiment, self.variant, *how, f"{ewc_lambda:g}"])
+
+
+def parts(experiment: str) -> Iterator[Part]:
+    """The stacks of an experiment."""
+    if experiment == "explosion":
+        for optimizer in ("sgd", "momentum"):
+            for variant in VARIANTS:
+                yield Part(experiment, variant, Training(optimizer), WIDE)  # type: ignore[arg-type]
+    elif experiment == "clipping":
+        for variant in ("plain", "stabilized"):
+            yield Part(experiment, variant, Training("momentum"), USEFUL)
+            for norm in NORMS:
+                for clip_sum in (True, False):
+                    yield Part(experiment, variant, Training("momentum", clip=norm, clip_sum=clip_sum), USEFUL)
+    else:
+        for optimizer in ("momentum", "adam"):
+            for fixed in (False, True):
+                training = Training(optimizer, cosine=True, fixed_alpha=fixed)  # type: ignore[arg-type]
+                yield Part(experiment, "stabilized", training, USEFUL if optimizer == "momentum" else USEFUL[:3])
+
+
+def rows_of(part: Part, networks: Sequence[Network], outcome: Any, protocol: Protocol) -> Iterator[dict[str, Any]]:
+    """A row for each λ."""
+    for ewc_lambda in part.lambdas:
+        own = [s for s, one in enumerate(networks) if one.ewc_lambda == ewc_lambda]
+        values = [sum(outcome.per_task[s]) / len(outcome.per_task[s]) for s in own]
+        yield row(
+            "paper", part.name(ewc_lambda), value=sum(values) / len(values), unit="accuracy", runs=values,
+            half_width_95=student_half_width(values), variant=part.variant, training=asdict(part.training),
+            ewc_lambda=ewc_lambda, diverged=[outcome.diverged[s] for s in own],
+            first_task=[outcome.per_task[s][0] for s in own], last_task=[outcome.per_task[s][-1] for s in own],
+            largest_alpha_lambda_omega=[outcome.stiffest[s] for s in own], protocol=asdict(protocol),
+            seconds=outcome.seconds,
+        )  # fmt: skip
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.paper.claims",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    experiments = ("explosion", "clipping", "schedule")
+    parser.add_argument("--data-root", default=os.environ.get("FASTEWC_DATA"), help="folder with MNIST/raw")
+    parser.add_argument("--download", action="store_true", help="fetch MNIST if it is not there")
+    parser.add_argument("--experiment", nargs="+", default=list(experiments), choices=experiments)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="CPU threads; default torch's")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>/paper_claims.json")
+    parser.add_argument("--tasks", type=int, default=SHORT.tasks, help="fewer for a trial")
+    parser.add_argument("--epochs", type=int, default=SHORT.epochs, help="fewer for a trial")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing and write it."""
+    args = parse(argv)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    data = load_mnist(args.data_root, download=args.download)
+    out = args.out or ROOT / "benchmarks" / "results" / machine() / "paper_claims.json"
+    rows = json.loads(out.read_text()) if out.exists() else []
+    finished = {one["name"] for one in rows}
+    for part in (part for experiment in args.experiment for part in parts(experiment)):
+        if all(part.name(ewc_lambda) in finished for ewc_lambda in part.lambdas):
+            continue
+        protocol = replace(SHORT, tasks=args.tasks, epochs=args.epochs, lr=RATES[part.training.optimizer])
+        networks = [Network(ewc_lambda, seed) for ewc_lambda in part.lambdas for seed in range(args.seeds)]
+        outcome = run_stack(Method("fisher", part.variant), networks, data, protocol=protocol, training=part.training)
+        for one in rows_of(part, networks, outcome, protocol):
+            rows.append(one)
+            lost = sum(task is not None for task in one["extra"]["diverged"])
+            most = max(one["extra"]["largest_alpha_lambda_omega"])
+            print(f"{one['name']:<60}{one['median']:.4f}  {lost} diverged  αλΩ up to {most:.3g}", flush=True)
+        write(out, rows)
+    print(f"written: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
