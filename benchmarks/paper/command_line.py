@@ -1,0 +1,55 @@
+"""What the programs that measure importances have in common: data, protocol, seeds, threads, where the JSON goes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.paper.mnist_tasks import Split, load_mnist
+from benchmarks.paper.protocol import Protocol
+from benchmarks.results_row import ROOT, machine
+
+
+def begin(
+    program: str, description: str | None, argv: Sequence[str] | None, *, published: Protocol, seeds: int
+) -> tuple[argparse.Namespace, Protocol, Split]:
+    """Read the command line, set the threads, load MNIST.
+
+    Args:
+        program: the module's name in this package.
+        description: for --help.
+        argv: the arguments; None: those of the process.
+        published: the protocol's numbers; with others a trial has to say where its results go.
+        seeds: how many runs by default.
+
+    Returns:
+        The arguments (``seeds``, and ``out``, filled), the protocol to follow, and MNIST.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.paper.{program}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data-root", default=os.environ.get("FASTEWC_DATA"), help="folder with MNIST/raw")
+    parser.add_argument("--download", action="store_true", help="fetch MNIST if it is not there")
+    parser.add_argument("--seeds", type=int, default=seeds, help=f"runs (default {seeds}, at least 2)")
+    parser.add_argument("--threads", type=int, help="CPU threads; default torch's")
+    parser.add_argument("--out", type=Path, help=f"default: benchmarks/results/<machine>/paper_{program}.json")
+    if published.tasks > 1:
+        parser.add_argument("--tasks", type=int, default=published.tasks, help="fewer for a trial")
+    parser.add_argument("--epochs", type=int, default=published.epochs, help="fewer for a trial")
+    args = parser.parse_args(argv)
+    if args.seeds < 2:
+        parser.error(f"--seeds must be at least 2 for an interval, got {args.seeds}")
+    protocol = dataclasses.replace(published, tasks=getattr(args, "tasks", 1), epochs=args.epochs)
+    if protocol != published and args.out is None:
+        parser.error("not the published protocol: give --out FILE")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    args.out = args.out or ROOT / "benchmarks" / "results" / machine() / f"paper_{program}.json"
+    return args, protocol, load_mnist(args.data_root, download=args.download)
