@@ -77,7 +77,7 @@ class PerSampleSums(Interception):
         self._leaves: list[Tensor] = []  # of the gates
         self._made: dict[str, int] = {}  # taps, by parameter
         self._waiting: dict[str, list[Arrived]] = {}
-        self._back: dict[int, list[Arrived] | None] = {}  # by operand that arithmetic made, in one backward
+        self._back: dict[Operand, list[Arrived] | None] = {}  # by operand that arithmetic made, in one backward
         self._derived: list[Proxy] = []  # in this batch
         self._walked = self._at_end = self._reran = self._in_backward = False
         self._slots: Slots | None = None
@@ -349,16 +349,17 @@ class PerSampleSums(Interception):
     def _taken_back(self, name: str, waiting: list[Arrived]) -> list[Arrived]:
         """With what arrived at something that arithmetic made as uses of the parameter itself, where that works."""
         found = [one for one in waiting if one[0].view is not None]
-        made = dict[int, list[Arrived]]()
-        for one in waiting:
-            if one[0].view is None:
-                made.setdefault(id(one[0]), []).append(one)
-        for key, arrived in made.items():
-            if key not in self._back:  # all of its uses have come, whichever of its parameters asks first
-                self._back[key] = taken_back(arrived[0][0], [segment for _, segment in arrived])
-            back = self._back[key]
+        made = dict[Operand, list[Segment]]()
+        for operand, segment in waiting:
+            if operand.view is None:
+                made.setdefault(operand, []).append(segment)
+        for operand, segments in made.items():
+            if operand not in self._back:  # all of its uses have come, whichever of its parameters asks first
+                self._back[operand] = taken_back(operand, segments)
+            back = self._back[operand]
             if back is None:
                 self._say(name, ("op", "made by arithmetic, differentiated for each sample"))
+            arrived = [(operand, segment) for segment in segments]
             found += arrived if back is None else [one for one in back if name in one[0].names]
         return found
 

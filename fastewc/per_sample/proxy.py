@@ -76,7 +76,8 @@ class Operand:
     @property
     def view(self) -> Callable[[Tensor], Tensor] | None:
         """See above."""
-        return None if self.rewritten and self.memory.mixed else self._moved[0]
+        view, picked = self._moved
+        return None if self.rewritten and (self.memory.mixed or picked is not None) else view
 
     @property
     def picked(self) -> Picked | None:

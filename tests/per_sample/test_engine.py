@@ -126,6 +126,19 @@ def test_a_write_into_what_other_arithmetic_has_met():
     assert_exact(Lambda(forward, w=weight(4), u=weight(4)).double().eval(), TOKENS().double())
 
 
+@pytest.mark.parametrize("write", ["a row", "all"])
+def test_a_write_into_rows_of_a_table(write):
+    def forward(model, x):
+        rows = F.embedding(torch.tensor([4, 0, 4]), model.table)
+        if write == "all":
+            rows.mul_(3.0)
+        else:
+            rows[1:2].zero_()
+        return (x + rows).tanh()
+
+    assert_exact(Lambda(forward, table=weight(5, 4)).double().eval(), TOKENS().double())
+
+
 def test_a_mixing_write_into_what_was_made_of_a_parameter():
     def forward(model, x):
         bias = model.out.bias.clone()
