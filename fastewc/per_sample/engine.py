@@ -359,8 +359,9 @@ class PerSampleSums(Interception):
             back = self._back[operand]
             if back is None:
                 self._say(name, ("op", "made by arithmetic, differentiated for each sample"))
-            arrived = [(operand, segment) for segment in segments]
-            found += arrived if back is None else [one for one in back if name in one[0].names]
+                found += [(operand, segment) for segment in segments]
+            else:
+                found += [one for one in back if name in one[0].names]
         return found
 
     def _add_kinds(self, part: Tensor, kinds: list[list[Segment]], segments: list[Segment]) -> None:

@@ -51,7 +51,10 @@ def taken_back(operand: Operand, segments: Sequence[Segment]) -> list[tuple[Oper
     if gradients is None:
         return None
     at = dict(zip(edges, gradients, strict=True))
-    found = [(use.operand, segment) for step, use in ruled if (segment := use.segment(at[id(step)], *use.saved))]
+    found: list[tuple[Operand, Segment]] = []
+    for step, use in ruled:
+        own = use.segment(at[id(step)], *use.saved)
+        found += [] if own is None else [(use.operand, own)]
     return found + [(Operand.of(name, leaf), Scale(at[name], tuple(leaf.shape))) for name, leaf in leaves.items()]
 
 
