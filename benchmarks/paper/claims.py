@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks.paper.grid import student_half_width
 from benchmarks.paper.mnist_tasks import load_mnist
@@ -91,6 +92,31 @@ def rows_of(part: Part, networks: Sequence[Network], outcome: Any, protocol: Pro
             largest_alpha_lambda_omega=[outcome.stiffest[s] for s in own], protocol=asdict(protocol),
             seconds=outcome.seconds,
         )  # fmt: skip
+
+
+def draw(rows: Sequence[dict[str, Any]], figure: Figure) -> None:
+    """Accuracy over αλΩ (explosion) and over λ (the others), a panel for each optimizer or penalty."""
+    panels: dict[tuple[str, ...], dict[str, list[tuple[float, float]]]] = {}
+    for one in rows:
+        _, experiment, variant, optimizer, *how, _ = one["name"].split("/")
+        extra = one["extra"]
+        if experiment == "explosion":
+            panel, line, x = (experiment, optimizer), variant, max(extra["largest_alpha_lambda_omega"])
+        elif experiment == "clipping":
+            panel, line, x = (experiment, variant), how[0] if how else "no clipping", extra["ewc_lambda"]
+        else:
+            panel, line, x = (experiment, optimizer), how[0], extra["ewc_lambda"]
+        panels.setdefault(panel, {}).setdefault(line, []).append((x, one["median"]))
+    figure.set_size_inches(5 * len(panels), 4.5)
+    for axes, (panel, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        xlabel = "largest αλΩ" if panel[0] == "explosion" else "ewc_lambda"
+        axes.set(title=", ".join(panel), xlabel=xlabel, ylabel="accuracy", xscale="log", ylim=(0, 1))
+        axes.grid(alpha=0.3)
+        for line, points in lines.items():
+            axes.plot(*zip(*sorted(points), strict=True), "o-", label=line)
+        if panel[0] == "explosion":
+            axes.axvline(2 if panel[1] == "sgd" else 3.8, color="k", ls=":")
+        axes.legend(fontsize="small")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
+from benchmarks.paper.authors import curves
 from benchmarks.paper.mnist_tasks import Split, load_mnist
 from benchmarks.paper.protocol import Protocol
 from benchmarks.paper.stacked import Method, Moments, Network, StackOutcome, run_stack
@@ -168,6 +170,33 @@ def run_method(
                     f"{outcome.seconds:.0f} s",
                     flush=True,
                 )
+
+
+def draw(rows: Sequence[dict[str, Any]], figure: Figure) -> None:
+    """Accuracy over λ, a panel for each importance and penalty that was run, over the authors' runs (mean ± 2 sd)."""
+    theirs = {(one.importance, one.variant): one for one in curves() if one.network == "fully-connected"}
+    methods = list(
+        dict.fromkeys((one["extra"]["method"]["importance"], one["extra"]["method"]["variant"]) for one in rows)
+    )
+    figure.set_size_inches(4.5 * len(methods), 4.5)
+    for axes, method in zip(figure.subplots(1, len(methods), squeeze=False)[0], methods, strict=True):
+        axes.set(title=" ".join(method), xlabel="ewc_lambda", xscale="log")
+        axes.grid(alpha=0.3)
+        if (curve := theirs.get(method)) is not None:
+            x = curve.lambdas * (2 if curve.variant == "plain" else 1)
+            axes.fill_between(x, curve.means - 2 * curve.sds, curve.means + 2 * curve.sds, color="k", alpha=0.15)
+            axes.plot(x, curve.means, "k-", lw=1, label="the paper")
+            axes.set_ylim(float(curve.means.max()) - 0.06, float(curve.means.max()) + 0.02)
+        for adam in ("fresh", "carried"):
+            own = sorted(
+                (one["extra"]["ewc_lambda"], one["median"], one["extra"]["half_width_95"] or 0.0)
+                for one in rows
+                if one["extra"]["adam"] == adam and tuple(one["extra"]["method"].values()) == method
+            )
+            if own:
+                x, y, half = zip(*own, strict=True)
+                axes.errorbar(x, y, half, fmt="o-", capsize=3, label=f"ours, {adam} Adam")
+        axes.legend()
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
