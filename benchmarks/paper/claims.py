@@ -18,20 +18,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
-from benchmarks.paper.grid import student_half_width
-from benchmarks.paper.mnist_tasks import load_mnist
+from benchmarks.paper.command_line import begin
+from benchmarks.paper.fc import student_half_width
 from benchmarks.paper.protocol import Protocol
 from benchmarks.paper.stacked import Method, Network, Training, run_stack
-from benchmarks.results_row import ROOT, machine, row, write
+from benchmarks.results_row import row, write
 
 SHORT = Protocol(tasks=4, epochs=2)
 VARIANTS = ("plain", "stabilized", "proximal", "wva")
@@ -119,38 +116,21 @@ def draw(rows: Sequence[dict[str, Any]], figure: Figure) -> None:
         axes.legend(fontsize="small")
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.paper.claims",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def own_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of this program."""
     experiments = ("explosion", "clipping", "schedule")
-    parser.add_argument("--data-root", default=os.environ.get("FASTEWC_DATA"), help="folder with MNIST/raw")
-    parser.add_argument("--download", action="store_true", help="fetch MNIST if it is not there")
     parser.add_argument("--experiment", nargs="+", default=list(experiments), choices=experiments)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="CPU threads; default torch's")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>/paper_claims.json")
-    parser.add_argument("--tasks", type=int, default=SHORT.tasks, help="fewer for a trial")
-    parser.add_argument("--epochs", type=int, default=SHORT.epochs, help="fewer for a trial")
-    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing and write it."""
-    args = parse(argv)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    data = load_mnist(args.data_root, download=args.download)
-    out = args.out or ROOT / "benchmarks" / "results" / machine() / "paper_claims.json"
-    rows = json.loads(out.read_text()) if out.exists() else []
+    args, short, data = begin("claims", __doc__, argv, published=SHORT, seeds=3, more=own_arguments)
+    rows = json.loads(args.out.read_text()) if args.out.exists() else []
     finished = {one["name"] for one in rows}
     for part in (part for experiment in args.experiment for part in parts(experiment)):
         if all(part.name(ewc_lambda) in finished for ewc_lambda in part.lambdas):
             continue
-        protocol = replace(SHORT, tasks=args.tasks, epochs=args.epochs, lr=RATES[part.training.optimizer])
+        protocol = replace(short, lr=RATES[part.training.optimizer])
         networks = [Network(ewc_lambda, seed) for ewc_lambda in part.lambdas for seed in range(args.seeds)]
         outcome = run_stack(Method("fisher", part.variant), networks, data, protocol=protocol, training=part.training)
         for one in rows_of(part, networks, outcome, protocol):
@@ -158,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             lost = sum(task is not None for task in one["extra"]["diverged"])
             most = max(one["extra"]["largest_alpha_lambda_omega"])
             print(f"{one['name']:<60}{one['median']:.4f}  {lost} diverged  αλΩ up to {most:.3g}", flush=True)
-        write(out, rows)
-    print(f"written: {out}")
+        write(args.out, rows)
+    print(f"written: {args.out}")
     return 0
 
 

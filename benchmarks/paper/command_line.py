@@ -1,11 +1,11 @@
-"""What the programs that measure importances have in common: data, protocol, seeds, threads, where the JSON goes."""
+"""What the programs of this package have in common: data, protocol, seeds, threads, where the JSON goes."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,14 @@ from benchmarks.results_row import ROOT, machine
 
 
 def begin(
-    program: str, description: str | None, argv: Sequence[str] | None, *, published: Protocol, seeds: int
+    program: str,
+    description: str | None,
+    argv: Sequence[str] | None,
+    *,
+    published: Protocol,
+    seeds: int,
+    least_seeds: int = 1,
+    more: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
 ) -> tuple[argparse.Namespace, Protocol, Split]:
     """Read the command line, set the threads, load MNIST.
 
@@ -26,6 +33,8 @@ def begin(
         argv: the arguments; None: those of the process.
         published: the protocol's numbers; with others a trial has to say where its results go.
         seeds: how many runs by default.
+        least_seeds: fewer are refused: 2 where there must be an interval.
+        more: adds the program's own arguments.
 
     Returns:
         The arguments (``seeds``, and ``out``, filled), the protocol to follow, and MNIST.
@@ -37,15 +46,16 @@ def begin(
     )
     parser.add_argument("--data-root", default=os.environ.get("FASTEWC_DATA"), help="folder with MNIST/raw")
     parser.add_argument("--download", action="store_true", help="fetch MNIST if it is not there")
-    parser.add_argument("--seeds", type=int, default=seeds, help=f"runs (default {seeds}, at least 2)")
+    parser.add_argument("--seeds", type=int, default=seeds, help=f"runs (default {seeds})")
     parser.add_argument("--threads", type=int, help="CPU threads; default torch's")
     parser.add_argument("--out", type=Path, help=f"default: benchmarks/results/<machine>/paper_{program}.json")
     if published.tasks > 1:
         parser.add_argument("--tasks", type=int, default=published.tasks, help="fewer for a trial")
     parser.add_argument("--epochs", type=int, default=published.epochs, help="fewer for a trial")
+    more(parser)
     args = parser.parse_args(argv)
-    if args.seeds < 2:
-        parser.error(f"--seeds must be at least 2 for an interval, got {args.seeds}")
+    if args.seeds < least_seeds:
+        parser.error(f"--seeds must be at least {least_seeds}, got {args.seeds}")
     protocol = dataclasses.replace(published, tasks=getattr(args, "tasks", 1), epochs=args.epochs)
     if protocol != published and args.out is None:
         parser.error("not the published protocol: give --out FILE")

@@ -141,7 +141,7 @@ def draw(rows: Sequence[dict[str, Any]], figure: Figure) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, correlate after each task, print a table, write the JSON."""
-    args, protocol, data = begin("correlation", __doc__, argv, published=Protocol(), seeds=3)
+    args, protocol, data = begin("correlation", __doc__, argv, published=Protocol(), seeds=3, least_seeds=2)
     begun = time.perf_counter()
     found, accuracy = run(range(args.seeds), data, protocol)
     rows = results(found, accuracy, protocol, time.perf_counter() - begun)

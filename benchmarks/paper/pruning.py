@@ -27,7 +27,7 @@ from torch import Tensor
 
 import fastewc
 from benchmarks.paper.command_line import begin
-from benchmarks.paper.grid import student_half_width
+from benchmarks.paper.fc import student_half_width
 from benchmarks.paper.mnist_tasks import Split
 from benchmarks.paper.protocol import Protocol
 from benchmarks.paper.stacked import (
@@ -193,7 +193,7 @@ def draw(rows: Sequence[dict[str, Any]], figure: Figure) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, prune in every order, print a table, write the JSON."""
-    args, protocol, data = begin("pruning", __doc__, argv, published=Protocol(tasks=1), seeds=10)
+    args, protocol, data = begin("pruning", __doc__, argv, published=Protocol(tasks=1), seeds=10, least_seeds=2)
     begun = time.perf_counter()
     model, si = trained(range(args.seeds), data, protocol)
     print(f"{args.seeds} networks trained in {time.perf_counter() - begun:.0f} s", flush=True)

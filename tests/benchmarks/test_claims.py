@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.paper import claims, grid, plot
+from benchmarks.paper import claims, command_line, fc, plot
 from tests.benchmarks.test_permuted_mnist import prototypes
 
 
@@ -26,8 +26,8 @@ def test_parts_have_names_of_their_own() -> None:
 def test_the_program_finds_what_explodes_and_is_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(claims, "load_mnist", lambda *_, **__: prototypes())
-    monkeypatch.setattr(grid, "load_mnist", lambda *_, **__: prototypes())
+    monkeypatch.setattr(command_line, "load_mnist", lambda *_, **__: prototypes())
+    monkeypatch.setattr(command_line, "load_mnist", lambda *_, **__: prototypes())
     monkeypatch.setattr(claims, "SHORT", claims.replace(claims.SHORT, batch=20, hidden=(16, 12), importance_samples=40))
     out = tmp_path / "m" / "paper_claims.json"
     short = ["--tasks", "2", "--epochs", "3", "--seeds", "1", "--out", str(out)]
@@ -43,6 +43,6 @@ def test_the_program_finds_what_explodes_and_is_drawn(
 
     few = ["--importance", "mas", "--variant", "plain", "--lambdas", "9", "--seeds", "2", "--adam", "fresh"]
     work = ["--tasks", "2", "--epochs", "1", "--work", str(tmp_path / "w"), "--out", str(tmp_path / "m/paper_fc.json")]
-    assert grid.main([*few, *work]) == 0
+    assert fc.main([*few, *work]) == 0
     assert plot.main(["--results", str(tmp_path), "--out", str(tmp_path / "drawn")]) == 0
     assert {file.name for file in (tmp_path / "drawn" / "m").iterdir()} == {"paper_claims.png", "paper_fc.png"}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastewc
-from benchmarks.paper import grid
+from benchmarks.paper import command_line, fc
 from benchmarks.paper.mnist_tasks import Split, pixel_orders
 from benchmarks.paper.protocol import Row, build_mlp, measure_importance, run_once
 from benchmarks.paper.stacked import Method, Network, StackedMLP, Training, run_stack
@@ -169,29 +169,29 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(importance: str, tmp_path
 def test_the_program_does_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(grid, "load_mnist", lambda *_, **__: prototypes())
+    monkeypatch.setattr(command_line, "load_mnist", lambda *_, **__: prototypes())
     common = [
         "--importance", "mas", "--variant", "plain", "--tasks", "2", "--epochs", "1", "--stack", "2", "--work",
         str(tmp_path / "work"), "--out", str(tmp_path / "out.json"),
     ]  # fmt: skip
-    assert grid.main([*common, "--lambdas", "9", "18", "--seeds", "2", "--adam", "fresh", "carried"]) == 0
-    results = grid.Results(tmp_path / "out.json", grid.Protocol(tasks=2, epochs=1))
+    assert fc.main([*common, "--lambdas", "9", "18", "--seeds", "2", "--adam", "fresh", "carried"]) == 0
+    results = fc.Results(tmp_path / "out.json", fc.Protocol(tasks=2, epochs=1))
     assert len(results.rows) == 4
     fresh, carried = (results.accuracies(Method("mas", "plain"), 9.0, adam) for adam in ("fresh", "carried"))
     assert list(fresh) == list(carried) == [0, 1]
     capsys.readouterr()
-    assert grid.main([*common, "--lambdas", "9", "--seeds", "2", "--adam", "fresh"]) == 0
+    assert fc.main([*common, "--lambdas", "9", "--seeds", "2", "--adam", "fresh"]) == 0
     assert "stack of" not in capsys.readouterr().out  # there was nothing to do
     with pytest.raises(ValueError, match="holds runs of"):
-        grid.Results(tmp_path / "out.json", grid.Protocol())
+        fc.Results(tmp_path / "out.json", fc.Protocol())
 
 
 def test_carried_runs_begin_with_another_seeds_moments(tmp_path: Path) -> None:
     torch.save(
         {0: {"step": torch.tensor(7.0), "exp_avg": torch.arange(3.0), "exp_avg_sq": torch.ones(3)}}, tmp_path / "m"
     )
-    found = grid.carried_on(tmp_path / "m", torch.device("cpu"))
+    found = fc.carried_on(tmp_path / "m", torch.device("cpu"))
     assert found[0]["exp_avg"].tolist() == [2.0, 0.0, 1.0]
     assert found[0]["step"] == 7
     with pytest.raises(FileNotFoundError, match="run those first"):
-        grid.carried_on(tmp_path / "none", torch.device("cpu"))
+        fc.carried_on(tmp_path / "none", torch.device("cpu"))

@@ -1,6 +1,6 @@
 """The fully connected half of the papers' tables and figures: accuracy over λ, for every importance and penalty.
 
-    python -m benchmarks.paper.grid --data-root PATH [--importance fisher mas si signal]
+    python -m benchmarks.paper.fc --data-root PATH [--importance fisher mas si signal]
         [--variant plain stabilized proximal wva] [--lambdas 42.5 85 170] [--seeds 20] [--adam fresh carried]
 
 The protocol of ``protocol.py``; networks that differ in seed and λ are trained as one program (``stacked.py``),
@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,10 +26,11 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.paper.authors import curves
-from benchmarks.paper.mnist_tasks import Split, load_mnist
+from benchmarks.paper.command_line import begin
+from benchmarks.paper.mnist_tasks import Split
 from benchmarks.paper.protocol import Protocol
 from benchmarks.paper.stacked import Method, Moments, Network, StackOutcome, run_stack
-from benchmarks.results_row import ROOT, machine, row, write
+from benchmarks.results_row import row, write
 
 #: The authors' best λ in this library's convention, by importance: of the plain and of the stabilised penalty (which
 #: they have not run with SIG).
@@ -199,45 +198,24 @@ def draw(rows: Sequence[dict[str, Any]], figure: Figure) -> None:
         axes.legend()
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    published = Protocol()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.paper.grid",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--data-root", default=os.environ.get("FASTEWC_DATA"), help="folder with MNIST/raw")
-    parser.add_argument("--download", action="store_true", help="fetch MNIST if it is not there")
+def own_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of this program."""
     parser.add_argument("--importance", nargs="+", default=list(BEST), choices=list(BEST))
     parser.add_argument(
         "--variant", nargs="+", default=["plain", "stabilized"], choices=["plain", "stabilized", "proximal", "wva"]
     )
     parser.add_argument("--lambdas", nargs="+", type=float, help="default: around the authors' best")
-    parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--adam", nargs="+", default=["fresh", "carried"], choices=["fresh", "carried"])
     parser.add_argument("--stack", type=int, default=20, help="networks in one program")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads; default torch's")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>/paper_fc.json")
     parser.add_argument("--work", type=Path, default=Path("build/paper_fc"), help="states between runs")
-    parser.add_argument("--tasks", type=int, default=published.tasks, help="fewer for a trial")
-    parser.add_argument("--epochs", type=int, default=published.epochs, help="fewer for a trial")
-    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing and write it."""
-    args = parse(argv)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    protocol = Protocol(tasks=args.tasks, epochs=args.epochs)
-    if protocol != Protocol() and args.out is None:
-        print("not the published protocol: give --out FILE", file=sys.stderr)
-        return 2
-    data = load_mnist(args.data_root, download=args.download)
+    args, protocol, data = begin("fc", __doc__, argv, published=Protocol(), seeds=20, more=own_arguments)
     data = Split(*(part.to(args.device) for part in (data.train_x, data.train_y, data.test_x, data.test_y)))
-    results = Results(args.out or ROOT / "benchmarks" / "results" / machine() / "paper_fc.json", protocol)
+    results = Results(args.out, protocol)
     for importance in args.importance:
         for variant in args.variant:
             method = Method(importance, variant)
