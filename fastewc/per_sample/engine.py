@@ -90,14 +90,20 @@ class PerSampleSums(Interception):
         """True after :meth:`watch`."""
         return self._plan is not None
 
-    def watch(self, run: Callable[[int], None]) -> None:
+    def watch(self, run: Callable[[int, int], None]) -> None:
         """Find out how the model uses its parameters; see :meth:`Planner.watch`."""
-        planner = Planner(self._names)
-        with intercepted(self._module, class_rules()), self._stand_ins(planner).in_place():
-            self._plan = planner.watch(run)
+        self._plan = self._planned(run)
+        if self._plan.unclear:
+            again = self._planned(run, self._plan)
+            self._plan = min(self._plan, again, key=lambda plan: len(plan.given_up))
         self._walked = False
         for name, why in self._plan.given_up.items():
             self.give_up(name, why)
+
+    def _planned(self, run: Callable[[int, int], None], before: Plan | None = None) -> Plan:
+        planner = Planner(self._names, before)
+        with intercepted(self._module, class_rules()), self._stand_ins(planner).in_place():
+            return planner.watch(run)
 
     def give_up(self, name: str, why: str) -> None:
         """Leave a parameter to others."""

@@ -3,6 +3,10 @@
 torch runs an LSTM, GRU or RNN as one function of all its weights. What it computes is a product with the input-hidden
 weights at every position, and one with the hidden-hidden weights per position, which is a use of that weight for each:
 written out, each is a linear layer as any other. Equations: torch.nn.LSTM, GRU and RNN.
+
+A packed sequence has as many rows as its samples have positions together, in an order in which every sample's place
+depends on the others: whose a row is, no layout says. So these are padded, with the samples in the order in which they
+came, and a sample's state stands still outside of its own positions.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 State = tuple[Tensor, ...]
 #: (input's share of the gates, state, hidden-hidden weight, its bias) -> the next state, the hidden one first.
@@ -43,9 +48,13 @@ def _rnn(
 
 def _layers(
     cell: Cell, x: Tensor, hx: Tensor | Sequence[Tensor], weights: Sequence[Tensor], has_biases: bool, num_layers: int,
-    dropout: float, train: bool, bidirectional: bool, batch_first: bool,
+    dropout: float, train: bool, bidirectional: bool, batch_first: bool, live: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """(output, h_n) or (output, h_n, c_n)."""
+    """(output, h_n) or (output, h_n, c_n).
+
+    ``live``: [T, N, 1], true for a sample's own positions. Outputs at others mean nothing, and have no gradient as long
+    as nobody looks at them.
+    """
     states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
     directions = 2 if bidirectional else 1
     per = len(weights) // (num_layers * directions)  # an LSTM with proj_size has a projection behind the others
@@ -62,9 +71,11 @@ def _layers(
             state = tuple(one[k] for one in states)
             found: list[Tensor] = []
             for t in range(len(gates)) if direction == 0 else reversed(range(len(gates))):
-                state = cell(gates[t], state, w_hh, b_hh)
+                before, state = state, cell(gates[t], state, w_hh, b_hh)
                 if projected:
                     state = (F.linear(state[0], rest[-1]), *state[1:])
+                if live is not None:
+                    state = tuple(torch.where(live[t], new, old) for new, old in zip(state, before, strict=True))
                 found.append(state[0])
             outputs.append(torch.stack(found if direction == 0 else found[::-1]))
             last.append(state)
@@ -96,9 +107,51 @@ _UNROLLED: dict[Any, Callable[..., Any]] = {
 
 
 def unrolled(func: Callable[..., Any], args: Sequence[Any]) -> Callable[..., Any] | None:
-    """The same function in terms of linear layers; None for any other, and for packed sequences.
-
-    A packed sequence has as many rows as its samples have positions together: whose a row is, no layout says.
-    """
+    """The same function in terms of linear layers; None for any other, and for packed sequences, see above."""
     packed = len(args) > 1 and isinstance(args[1], Tensor) and not args[1].is_floating_point()
     return None if packed else _UNROLLED.get(func)
+
+
+def takes_packed(module: nn.Module) -> bool:
+    """True for a layer of torch whose forward on a packed sequence is that of :func:`of_packed`."""
+    return type(module).forward in (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward)
+
+
+def of_packed(
+    module: nn.RNNBase, forward: Callable[..., Any], /, input: Tensor | PackedSequence, hx: Any = None
+) -> Any:
+    """In place of a layer's ``forward``: the same result, for a packed sequence in terms of linear layers."""
+    if not isinstance(input, PackedSequence):
+        return forward(input, hx)
+    data, sizes, order, _ = input
+    N, D = int(sizes[0]), 2 if module.bidirectional else 1
+    T = max(2, len(sizes))  # a weight that is used once when watched could be used no more often later
+    places = _places(sizes, order, len(data), data.device)
+    zeros = partial(torch.zeros, dtype=data.dtype, device=data.device)  # not made of data, which is in another order
+    x, live = (
+        zeros(T * N, rows.shape[1]).index_copy(0, places, rows).view(T, N, -1)
+        for rows in (data, torch.ones_like(data[:, :1]))
+    )
+    if hx is None:
+        widths = (module.proj_size or module.hidden_size, module.hidden_size)
+        states = tuple(zeros(module.num_layers * D, N, width) for width in widths)
+        hx = states if module.mode == "LSTM" else states[0]
+    module.check_forward_args(data, hx, sizes)
+    weights = [weight for some in module.all_weights for weight in some]
+    output, *last = _layers(
+        _CELLS[module.mode.lower()], x, hx, weights, module.bias, module.num_layers, module.dropout, module.training,
+        module.bidirectional, False, live > 0,
+    )  # fmt: skip
+    found = input._replace(data=output.flatten(0, 1).index_select(0, places))
+    return found, tuple(last) if module.mode == "LSTM" else last[0]
+
+
+def _places(sizes: Tensor, order: Tensor | None, rows: int, device: torch.device) -> Tensor:
+    """[rows]: where each row of packed data goes in [T * N], samples as they came; ``sizes`` [T], ``order`` [N].
+
+    Made of these two by functions alone, such that it is known to undo them, and nothing else.
+    """
+    row, ends = torch.arange(rows), sizes.cumsum(0)
+    step = torch.searchsorted(ends, row, right=True)
+    sample = (row - (ends - sizes)[step]).to(device)
+    return step.to(device) * int(sizes[0]) + (sample if order is None else order[sample])
