@@ -17,6 +17,7 @@ from fastewc.per_sample.plan import Plan, Planner
 from fastewc.per_sample.proxy import Gate, Operand, Proxy, Slot, Slots, Tap, edge_of, found_proxies, tensors_in
 from fastewc.per_sample.rules import RULES, Call, Use, rerun
 from fastewc.per_sample.segments import Outer, Pulled, Rows, Segment, Sloped, Within, add_explicitly, add_tied, powers
+from fastewc.per_sample.unrolled import Steps
 from fastewc.per_sample.user_classes import intercepted
 from fastewc.per_sample.user_rules import UserRule, class_rules, rule_of
 
@@ -92,17 +93,18 @@ class PerSampleSums(Interception):
 
     def watch(self, run: Callable[[int, int], None]) -> None:
         """Find out how the model uses its parameters; see :meth:`Planner.watch`."""
-        self._plan = self._planned(run)
+        steps = Steps(alike=True)
+        self._plan = self._planned(run, steps)
         if self._plan.unclear:
-            again = self._planned(run, self._plan)
+            again = self._planned(run, steps, self._plan)
             self._plan = min(self._plan, again, key=lambda plan: len(plan.given_up))
         self._walked = False
         for name, why in self._plan.given_up.items():
             self.give_up(name, why)
 
-    def _planned(self, run: Callable[[int, int], None], before: Plan | None = None) -> Plan:
+    def _planned(self, run: Callable[[int, int], None], steps: Steps, before: Plan | None = None) -> Plan:
         planner = Planner(self._names, before)
-        with intercepted(self._module, class_rules()), self._stand_ins(planner).in_place():
+        with intercepted(self._module, class_rules(), steps), self._stand_ins(planner).in_place():
             return planner.watch(run)
 
     def give_up(self, name: str, why: str) -> None:
@@ -147,7 +149,7 @@ class PerSampleSums(Interception):
         self._root = torch.zeros((), device=next(iter(self._parameters.values())).device, requires_grad=True)
         self._leaves = [self._root]
         self._slots = self._slots or self._stand_ins(self)
-        with intercepted(self._module, class_rules()), self._slots.in_place() as slots:
+        with intercepted(self._module, class_rules(), Steps(alike=False)), self._slots.in_place() as slots:
             for term in forward():
                 self.terms += 1
                 if not term.value.requires_grad:

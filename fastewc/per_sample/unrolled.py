@@ -12,6 +12,7 @@ came, and a sample's state stands still outside of its own positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -112,20 +113,39 @@ def unrolled(func: Callable[..., Any], args: Sequence[Any]) -> Callable[..., Any
     return None if packed else _UNROLLED.get(func)
 
 
+@dataclass
+class Steps:
+    """How many steps packed sequences are padded to.
+
+    Two at least: a weight that is used once when watched could be used no more often later. With ``alike`` as many as
+    any before, so that other samples are taken through as many.
+    """
+
+    alike: bool
+    most: int = 2
+
+    def at_least(self, needed: int) -> int:
+        """For sequences of which the longest needs so many."""
+        steps = max(self.most, needed)
+        if self.alike:
+            self.most = steps
+        return steps
+
+
 def takes_packed(module: nn.Module) -> bool:
     """True for a layer of torch whose forward on a packed sequence is that of :func:`of_packed`."""
     return type(module).forward in (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward)
 
 
 def of_packed(
-    module: nn.RNNBase, forward: Callable[..., Any], /, input: Tensor | PackedSequence, hx: Any = None
+    steps: Steps, module: nn.RNNBase, forward: Callable[..., Any], /, input: Tensor | PackedSequence, hx: Any = None
 ) -> Any:
     """In place of a layer's ``forward``: the same result, for a packed sequence in terms of linear layers."""
     if not isinstance(input, PackedSequence):
         return forward(input, hx)
     data, sizes, order, _ = input
     N, D = int(sizes[0]), 2 if module.bidirectional else 1
-    T = max(2, len(sizes))  # a weight that is used once when watched could be used no more often later
+    T = steps.at_least(len(sizes))
     places = _places(sizes, order, len(data), data.device)
     zeros = partial(torch.zeros, dtype=data.dtype, device=data.device)  # not made of data, which is in another order
     x, live = (
