@@ -94,16 +94,15 @@ class PerSampleSums(Interception):
     def watch(self, run: Callable[[int, int], None]) -> None:
         """Find out how the model uses its parameters; see :meth:`Planner.watch`."""
         steps = Steps(alike=True)
-        self._plan = self._planned(run, steps)
+        self._plan = self._planned(run, 0, steps)
         if self._plan.unclear:
-            again = self._planned(run, steps, self._plan)
-            self._plan = min(self._plan, again, key=lambda plan: len(plan.given_up))
+            self._plan = min(self._plan, self._planned(run, 1, steps), key=lambda plan: len(plan.given_up))
         self._walked = False
         for name, why in self._plan.given_up.items():
             self.give_up(name, why)
 
-    def _planned(self, run: Callable[[int, int], None], steps: Steps, before: Plan | None = None) -> Plan:
-        planner = Planner(self._names, before)
+    def _planned(self, run: Callable[[int, int], None], alone: int, steps: Steps) -> Plan:
+        planner = Planner(self._names, alone)
         with intercepted(self._module, class_rules(), steps), self._stand_ins(planner).in_place():
             return planner.watch(run)
 

@@ -40,15 +40,12 @@ class Plan:
 
 
 class Planner(Interception):
-    """Watches a model run with one sample (``alone``) and with two, and makes a :class:`Plan`.
+    """Watches a model run with one sample and with two, and makes a :class:`Plan`; ``alone``: which of the two."""
 
-    ``before``: the plan made with the first sample alone, of which not all was clear; now it will be the second.
-    """
-
-    def __init__(self, names: Mapping[int, str], before: Plan | None = None) -> None:
+    def __init__(self, names: Mapping[int, str], alone: int) -> None:
         super().__init__(names)
         self.plan = Plan()
-        self._first = before
+        self._alone = alone
         self._samples = 0
         self._seen: dict[int, dict[Key, list[Any]]] = {1: {}, 2: {}}
         self._treated: dict[Key, set[bool]] = {}  # as derived or not, in the latest two runs
@@ -59,13 +56,12 @@ class Planner(Interception):
 
     def watch(self, run: Callable[[int, int], None]) -> Plan:
         """``run(start, stop)`` runs the model on these of the samples, with proxies in place."""
-        index = 0 if self._first is None else 1
         for _ in range(_RUNS):
             self._treated = {}
             for samples in (2, 1):
                 self._samples, self._seen[samples], self._met = samples, {}, {}
                 with self._picking if samples == 2 else nullcontext():
-                    run(*((0, 2) if samples == 2 else (index, index + 1)))
+                    run(*((0, 2) if samples == 2 else (self._alone, self._alone + 1)))
             if self._settle():
                 break
         else:
@@ -188,12 +184,10 @@ class Planner(Interception):
                 self.plan.largest = max(self.plan.largest, one.numel(), *(t.numel() for t in given))
                 self.plan.activations += one.numel()
                 operands = list(zip(given, given_too, strict=True))
-                found.add(_confirmed(layout, one, two, operands, 0 if self._first is None else 1))
+                found.add(_confirmed(layout, one, two, operands, self._alone))
         if len(found) != 1:
             raise Unclear("its results have the samples in different places")
         decision = found.pop()
-        if decision == "derived" and key[2] and self._first and self._first.decisions.get(key) != "derived":
-            raise Unclear("its result is not as large for each of two samples")
         if (
             isinstance(decision, Layout)
             and (decision.dim or decision.merged == "minor")

@@ -146,17 +146,17 @@ def of_packed(
     data, sizes, order, _ = input
     N, D = int(sizes[0]), 2 if module.bidirectional else 1
     T = steps.at_least(len(sizes))
-    places = _places(sizes, order, len(data), data.device)
     zeros = partial(torch.zeros, dtype=data.dtype, device=data.device)  # not made of data, which is in another order
-    x, live = (
-        zeros(T * N, rows.shape[1]).index_copy(0, places, rows).view(T, N, -1)
-        for rows in (data, torch.ones_like(data[:, :1]))
-    )
     if hx is None:
         widths = (module.proj_size or module.hidden_size, module.hidden_size)
         states = tuple(zeros(module.num_layers * D, N, width) for width in widths)
         hx = states if module.mode == "LSTM" else states[0]
     module.check_forward_args(data, hx, sizes)
+    places = _places(sizes, order, len(data), data.device)
+    x, live = (
+        zeros(T * N, rows.shape[1]).index_copy(0, places, rows).view(T, N, -1)
+        for rows in (data, torch.ones_like(data[:, :1]))
+    )
     weights = [weight for some in module.all_weights for weight in some]
     output, *last = _layers(
         _CELLS[module.mode.lower()], x, hx, weights, module.bias, module.num_layers, module.dropout, module.training,
@@ -171,7 +171,7 @@ def _places(sizes: Tensor, order: Tensor | None, rows: int, device: torch.device
 
     Made of these two by functions alone, such that it is known to undo them, and nothing else.
     """
-    row, ends = torch.arange(rows), sizes.cumsum(0)
+    row, ends = torch.arange(rows, device=sizes.device), sizes.cumsum(0)
     step = torch.searchsorted(ends, row, right=True)
     sample = (row - (ends - sizes)[step]).to(device)
     return step.to(device) * int(sizes[0]) + (sample if order is None else order[sample])

@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 from fastewc import fisher_importance, mas_importance
 from fastewc.per_sample.unrolled import Steps, of_packed
@@ -15,9 +17,9 @@ STEPS = 6
 MIXED, SORTED = (2, 5, 1, 6, 3, 3), (6, 5, 3, 3, 2, 1)
 
 
-def samples(*lengths, size=4):
-    """[N, T, E]; how long a sample is, its first number says."""
-    x = torch.randn(len(lengths), STEPS, size, dtype=torch.float64)
+def samples(*lengths):
+    """[N, T, 4]; how long a sample is, its first number says."""
+    x = torch.randn(len(lengths), STEPS, 4, dtype=torch.float64)
     x[:, 0, 0] = torch.tensor(lengths)
     return x
 
@@ -26,8 +28,8 @@ def lengths_of(x):
     return x[:, 0, 0].long()
 
 
-def packed(x, entries=None, **options):
-    return pack_padded_sequence(x if entries is None else entries, lengths_of(x), True, enforce_sorted=False, **options)
+def packed(x, entries=None):
+    return pack_padded_sequence(x if entries is None else entries, lengths_of(x), True, enforce_sorted=False)
 
 
 def last(state):
@@ -73,6 +75,10 @@ def twice(model, x):
     return last(model.rnn(packed(x))[1]) * last(model.rnn(input=packed(other))[1])
 
 
+def checkpointed(model, x):
+    return checkpoint(lambda x: last(model.rnn(packed(x))[1]), x, use_reentrant=False)
+
+
 def after_a_layer(model, x):
     return last(model.rnn(packed(x, model.pre(x)))[1])
 
@@ -98,6 +104,7 @@ FORMS = {
     "a state of each sample, gru": lambda: by(nn.GRU(4, 3), 3, given),
     "stacked": lambda: by(nn.LSTM(3, 3), 3, stacked, below=nn.GRU(4, 3)),
     "twice": lambda: by(nn.GRU(4, 3), 3, twice),
+    "checkpointed": lambda: by(nn.LSTM(4, 3, bidirectional=True), 3, checkpointed),
     "tied": tied,
 }  # fmt: skip
 
@@ -145,6 +152,14 @@ def ordered_rows(model, x):
 
 def test_a_layer_behind_padding():
     assert_exact(by(nn.LSTM(4, 3, bidirectional=True), 6, padded_again), samples(*MIXED), slow=OUT)
+
+
+def test_a_layer_behind_padding_of_samples_that_are_sorted_already():
+    def take(model, x):
+        found, _ = model.rnn(pack_padded_sequence(x, lengths_of(x), True))
+        return pad_packed_sequence(found, True, total_length=STEPS)[0]
+
+    assert_exact(by(nn.LSTM(4, 3), 3, take), samples(*SORTED))
 
 
 @pytest.mark.parametrize("lengths", [MIXED, (4,) * 6], ids=str)
@@ -198,6 +213,12 @@ def test_a_frozen_layer():
     model = by(nn.LSTM(4, 3), 3)
     model.rnn.requires_grad_(False)
     assert_exact(model, samples(*MIXED))
+
+
+def test_weights_made_of_others():
+    model = by(weight_norm(nn.LSTM(4, 3).double(), "weight_hh_l0"), 3)
+    made = {f"rnn.parametrizations.weight_hh_l0.original{n}" for n in (0, 1)}
+    assert_exact(model, samples(*MIXED), op=made)
 
 
 class Own(nn.GRU):
