@@ -80,15 +80,16 @@ class SampleMeasure:
         """Let the engine see how the model uses its parameters: what the first sample and the first two gave."""
         if self._whole is None or batch.size < 2:
             return None
-        seen: dict[int, Evaluated] = {}
+        seen: dict[tuple[int, int], Evaluated] = {}
 
-        def run(samples: int) -> None:
-            seen[samples] = self._evaluator(batch.rows(0, samples))
+        def run(start: int, stop: int) -> None:
+            seen[start, stop] = self._evaluator(batch.rows(start, stop))
 
         self._whole.watch(run)
+        first, two = seen[0, 1], seen[0, 2]
         with torch.no_grad():  # with random numbers it is another each time
-            self._alone = None if self._mixes(seen[1], seen[2]) else seen[1]
-        return seen[1], seen[2]
+            self._alone = None if self._mixes(first, two) else first
+        return first, two
 
     def add(self, batch: Batch) -> None:
         """Add a batch's samples, now or together with those that follow."""

@@ -17,6 +17,7 @@ from fastewc.per_sample.plan import Plan, Planner
 from fastewc.per_sample.proxy import Gate, Operand, Proxy, Slot, Slots, Tap, edge_of, found_proxies, tensors_in
 from fastewc.per_sample.rules import RULES, Call, Use, rerun
 from fastewc.per_sample.segments import Outer, Pulled, Rows, Segment, Sloped, Within, add_explicitly, add_tied, powers
+from fastewc.per_sample.unrolled import Steps
 from fastewc.per_sample.user_classes import intercepted
 from fastewc.per_sample.user_rules import UserRule, class_rules, rule_of
 
@@ -90,14 +91,20 @@ class PerSampleSums(Interception):
         """True after :meth:`watch`."""
         return self._plan is not None
 
-    def watch(self, run: Callable[[int], None]) -> None:
+    def watch(self, run: Callable[[int, int], None]) -> None:
         """Find out how the model uses its parameters; see :meth:`Planner.watch`."""
-        planner = Planner(self._names)
-        with intercepted(self._module, class_rules()), self._stand_ins(planner).in_place():
-            self._plan = planner.watch(run)
+        steps = Steps(alike=True)
+        self._plan = self._planned(run, 0, steps)
+        if self._plan.unclear:
+            self._plan = min(self._plan, self._planned(run, 1, steps), key=lambda plan: len(plan.given_up))
         self._walked = False
         for name, why in self._plan.given_up.items():
             self.give_up(name, why)
+
+    def _planned(self, run: Callable[[int, int], None], alone: int, steps: Steps) -> Plan:
+        planner = Planner(self._names, alone)
+        with intercepted(self._module, class_rules(), steps), self._stand_ins(planner).in_place():
+            return planner.watch(run)
 
     def give_up(self, name: str, why: str) -> None:
         """Leave a parameter to others."""
@@ -141,7 +148,7 @@ class PerSampleSums(Interception):
         self._root = torch.zeros((), device=next(iter(self._parameters.values())).device, requires_grad=True)
         self._leaves = [self._root]
         self._slots = self._slots or self._stand_ins(self)
-        with intercepted(self._module, class_rules()), self._slots.in_place() as slots:
+        with intercepted(self._module, class_rules(), Steps(alike=False)), self._slots.in_place() as slots:
             for term in forward():
                 self.terms += 1
                 if not term.value.requires_grad:

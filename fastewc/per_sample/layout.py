@@ -74,20 +74,23 @@ def layout_of(alone: Sequence[int], together: Sequence[int]) -> Layout | None:
     return Layout(dim, "no" if alone[dim] == 1 else "major")
 
 
-def confirmed(layout: Layout, alone: Tensor, together: Tensor) -> Layout:
-    """Which of "major" and "minor" it is: where in the run of two the values of the first sample's run are found.
+def confirmed(layout: Layout, alone: Tensor, together: Tensor, index: int = 0) -> Layout:
+    """Which of "major" and "minor" it is: where in the run of two the values of one sample's run are found.
+
+    ``index``: which of the two it is.
 
     Raises:
         Unclear: in both places (both samples are the same there), or in neither.
     """
     one, two = (_thinned(t.detach(), layout.dim).double().nan_to_num() for t in (alone, together))
     if layout.merged == "no":
-        first, second = (float((two.narrow(layout.dim, n, 1) - one).norm()) for n in (0, 1))
+        own, other = (float((two.narrow(layout.dim, n, 1) - one).norm()) for n in (index, 1 - index))
         size, rounded = float(one.norm()), 0.05 if alone.dtype.itemsize < 4 else 1e-3  # TF32's, for one
-        if first > 0.5 * size or first > max(second, rounded * size):
-            raise Unclear("the first sample's values are not where the first sample should be")
+        if own > 0.5 * size or own > max(other, rounded * size):
+            raise Unclear("a sample's values are not where the sample should be")
         return layout
-    major, minor = (float((Layout(layout.dim, merged).split(two, 2)[0] - one).norm()) for merged in ("major", "minor"))
+    orders: tuple[Literal["major"], Literal["minor"]] = ("major", "minor")
+    major, minor = (float((Layout(layout.dim, order).split(two, 2)[index] - one).norm()) for order in orders)
     if not min(major, minor) < 0.05 * max(major, minor):
         raise Unclear("samples share a dimension with something else, and their values do not tell in which order")
     return Layout(layout.dim, "major" if major < minor else "minor")

@@ -3,7 +3,8 @@
 One run with one sample and one with two: what is as large in both was made of parameters alone, what grows is batched,
 and a dimension that holds samples and something else is read in the order in which the first sample's values are found.
 Nothing is assumed about names, layouts or the order of dimensions; where shapes and values leave a doubt, the
-parameter's gradients are taken sample by sample.
+parameter's gradients are taken sample by sample. Sizes may depend on the data, as the length of the longest sample: one
+of the two alone then has the size that both have together, so where the first leaves a doubt, it is the second's turn.
 """
 
 from __future__ import annotations
@@ -32,17 +33,19 @@ class Plan:
 
     decisions: dict[Key, Decision] = field(default_factory=dict)
     given_up: dict[str, str] = field(default_factory=dict)
+    unclear: bool = False  # that something was given up because of shapes or values
     uses: dict[str, int] = field(default_factory=dict)  # parameter -> batched calls with it in a forward
     largest: int = 1  # numbers per sample of the largest operand or result
     activations: int = 1  # and of all results together
 
 
 class Planner(Interception):
-    """Watches a model run with one sample (``alone``) and with two, and makes a :class:`Plan`."""
+    """Watches a model run with one sample and with two, and makes a :class:`Plan`; ``alone``: which of the two."""
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, names: Mapping[int, str], alone: int) -> None:
         super().__init__(names)
         self.plan = Plan()
+        self._alone = alone
         self._samples = 0
         self._seen: dict[int, dict[Key, list[Any]]] = {1: {}, 2: {}}
         self._treated: dict[Key, set[bool]] = {}  # as derived or not, in the latest two runs
@@ -51,14 +54,14 @@ class Planner(Interception):
         self._before: Any = None  # what the latest two runs called, and how it was treated
         self._met: dict[int, Tensor] = {}  # memory, kept, of what samples have met in this run
 
-    def watch(self, run: Callable[[int], None]) -> Plan:
-        """``run(n)`` runs the model on the first n samples, with proxies in place."""
+    def watch(self, run: Callable[[int, int], None]) -> Plan:
+        """``run(start, stop)`` runs the model on these of the samples, with proxies in place."""
         for _ in range(_RUNS):
             self._treated = {}
             for samples in (2, 1):
                 self._samples, self._seen[samples], self._met = samples, {}, {}
                 with self._picking if samples == 2 else nullcontext():
-                    run(samples)
+                    run(*((0, 2) if samples == 2 else (self._alone, self._alone + 1)))
             if self._settle():
                 break
         else:
@@ -180,7 +183,8 @@ class Planner(Interception):
                     raise Unclear("it gives several batched tensors")
                 self.plan.largest = max(self.plan.largest, one.numel(), *(t.numel() for t in given))
                 self.plan.activations += one.numel()
-                found.add(_confirmed(layout, one, two, list(zip(given, given_too, strict=True))))
+                operands = list(zip(given, given_too, strict=True))
+                found.add(_confirmed(layout, one, two, operands, self._alone))
         if len(found) != 1:
             raise Unclear("its results have the samples in different places")
         decision = found.pop()
@@ -193,6 +197,7 @@ class Planner(Interception):
         return decision
 
     def _give_up(self, keys: dict[Key, Any], why: str) -> None:
+        self.plan.unclear = True
         for key in keys:
             self._refuse([name for operand in key[1] for name in self._made_of[operand]], why)
 
@@ -208,13 +213,13 @@ def _counts_in_batch(func: Callable[..., Any], args: Sequence[Any], kwargs: dict
     )
 
 
-def _confirmed(layout: Layout, one: Tensor, two: Tensor, given: Sequence[tuple[Tensor, Tensor]]) -> Layout:
+def _confirmed(layout: Layout, one: Tensor, two: Tensor, given: Sequence[tuple[Tensor, Tensor]], index: int) -> Layout:
     """By the result's values or, where they say nothing, as with weights of 0, by those of an operand of its form."""
     try:
-        return confirmed(layout, one, two)
+        return confirmed(layout, one, two, index)
     except Unclear:
         dim = layout.dim
         for before, after in given:
             if before.ndim == one.ndim and (before.shape[dim], after.shape[dim]) == (one.shape[dim], two.shape[dim]):
-                return confirmed(layout, before, after)
+                return confirmed(layout, before, after, index)
         raise

@@ -1,4 +1,4 @@
-"""Calls of autograd Functions and modules that have a rule: torch tells nobody of them, so they are intercepted."""
+"""Calls of autograd Functions and modules that torch tells nobody of: those with a rule, and packed sequences."""
 
 from __future__ import annotations
 
@@ -12,23 +12,31 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from fastewc.per_sample.proxy import Proxy, found_proxies
+from fastewc.per_sample.unrolled import Steps, of_packed, takes_packed
 
 Run = Callable[..., Any]
 Rules = Mapping[type, Run]
 
 
 @contextmanager
-def intercepted(model: nn.Module, rules: Rules) -> Iterator[None]:
+def intercepted(model: nn.Module, rules: Rules, steps: Steps) -> Iterator[None]:
     """Inside, calls of classes with a rule go to the catcher of a stand-in among what they get, as torch functions do.
 
     ``rules``: by class what is called, with the module or Function, what runs it and its stand-ins in front.
+
+    Recurrent layers without a rule take packed sequences as :func:`of_packed` does, with or without stand-ins: those of
+    layers behind them need to know whose a row is, too. ``steps``: of how many.
     """
-    found = [(module, _nearest(type(module), rules)) for module in model.modules()] if rules else []
-    own = [(module, rule) for module, rule in found if rule is not None and "forward" not in vars(module)]
+    own = list[tuple[nn.Module, Run]]()
+    for module in model.modules():
+        rule = _nearest(type(module), rules)
+        if "forward" in vars(module) or (rule is None and not takes_packed(module)):
+            continue
+        own.append((module, partial(of_packed, steps) if rule is None else partial(_forward, rule)))
     with _functions_intercepted({cls: rule for cls, rule in rules.items() if issubclass(cls, Function)}):
         try:
-            for module, rule in own:
-                vars(module)["forward"] = partial(_forward, rule, module, module.forward)
+            for module, run in own:
+                vars(module)["forward"] = partial(run, module, module.forward)
             yield
         finally:
             for module, _ in own:

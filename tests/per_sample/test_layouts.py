@@ -218,3 +218,40 @@ def test_several_uses(name):
     make, inputs = SEVERAL[name]
     x = inputs()
     assert_exact(make().double().eval(), x.double() if x.is_floating_point() else x)
+
+
+# ── sizes that depend on the data ──
+
+
+def of_lengths(*lengths):
+    """[N, 6, 4]; how long a sample is, its first number says."""
+    x = torch.randn(len(lengths), 6, 4, dtype=torch.float64)
+    x[:, 0, 0] = torch.tensor(lengths)
+    return x
+
+
+def cut_to_the_longest(model, x):
+    lengths = x[:, :1, 0]
+    T = int(lengths.max())
+    own = (torch.arange(T) < lengths).unsqueeze(-1)
+    return model.out(((model.a(x[:, :T]) + model.p[:T]).tanh() * own).sum(1))
+
+
+@pytest.mark.parametrize("lengths", [(2, 5, 1, 6, 3), (5, 2, 6, 1, 3)], ids=["shorter first", "longer first"])
+def test_as_long_as_the_longest_sample(lengths):
+    model = Lambda(cut_to_the_longest, a=nn.Linear(4, 3), p=weight(6, 3), out=nn.Linear(3, 2)).double().eval()
+    assert_exact(model, of_lengths(*lengths))
+
+
+def end_to_end(model, x):
+    """All samples' entries behind each other, put together by numbers that no tensor shows."""
+    lengths = x[:, 0, 0].int().tolist()
+    rows = model.a(torch.cat([one[:n] for one, n in zip(x, lengths, strict=True)])).tanh()
+    return model.out(torch.stack([own.sum(0) for own in rows.split(lengths)]))
+
+
+@pytest.mark.parametrize("lengths", [(2, 5, 1, 6, 3), (0, 2, 3, 4)], ids=["shorter first", "none first"])
+def test_entries_of_samples_end_to_end(lengths):
+    """Where the first sample has none, the second alone has as many as both."""
+    model = Lambda(end_to_end, a=nn.Linear(4, 3), out=nn.Linear(3, 2)).double().eval()
+    assert_exact(model, of_lengths(*lengths), slow={"a.weight", "a.bias"})

@@ -93,18 +93,6 @@ def test_sequences_of_another_length_in_the_next_batch():
         torch.testing.assert_close(value, (alone[0][name] + alone[1][name]) / 2)
 
 
-def test_packed_sequences_go_sample_by_sample():
-    def forward(model, x):
-        packed = nn.utils.rnn.pack_padded_sequence(x, (x[:, 0, 0] > 0).long() + 2, True, enforce_sorted=False)
-        return model.out(model.rnn(packed)[1][-1])
-
-    model = Lambda(forward, rnn=nn.GRU(4, 3, **BEHIND), out=nn.Linear(3, 2)).double().eval()
-    x = STEPS().double()
-    slow = {n for n, (path, _) in mas_importance(model, [(x,)]).report.items() if path == "batch-1"}
-    assert slow >= {n for n, _ in model.named_parameters() if n.startswith("rnn.")}
-    assert_exact(model, x, slow=slow)
-
-
 def test_the_layer_has_its_own_weights_again():
     model = by(nn.LSTM(4, 3, **BEHIND), 3)
     before = list(model.rnn._flat_weights)
