@@ -23,11 +23,14 @@ from torch.nn import functional as F
 import fastewc
 from benchmarks.results_row import ROOT, machine, measure_in_turn, row, timing_of, write
 from tests.per_sample import test_zoo as zoo
+from tests.per_sample import test_zoo_peft as adapters
+
+KINDS = zoo.ZOO | {name: zoo.Kind(make, zoo.tokens(7)) for name, make in adapters.MODELS.items()}
 
 
 def sides_of(name: str, batch: int, batches: int) -> tuple[Callable[[], Any], Callable[[], fastewc.Importance]]:
     """(plain, Fisher) of one model, float32, over the same batches."""
-    kind = zoo.ZOO[name]
+    kind = KINDS[name]
     torch.manual_seed(0)
     model = zoo.randomised(kind.make()).float()
     data = []
@@ -62,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--models", nargs="+", default=list(zoo.ZOO), choices=list(zoo.ZOO), metavar="MODEL")
+    parser.add_argument("--models", nargs="+", default=list(KINDS), choices=list(KINDS), metavar="MODEL")
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each side of a model, about")
