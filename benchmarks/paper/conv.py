@@ -97,11 +97,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for curve in dict.fromkeys(Run(**one["extra"]["run"]).curve for one in rows):
         same = [one for one in rows if Run(**one["extra"]["run"]).curve == curve]
         columns = [[one["median"] for one in same], [one["extra"]["accuracy_own_statistics"] for one in same]]
-        cells = [f"{_mean(one):.4f} ± {student_half_width(one) or float('nan'):.4f}" for one in columns]
+        cells = [_with_interval(one) for one in columns]
         theirs = same[0]["extra"]["authors"]
         paper = "" if theirs is None else f"{theirs['mean']:.4f} ({theirs['sd']:.4f})"
         lines.append(f"{curve:<48}{len(same):>2}  {cells[0]:>16}  {cells[1]:>16}  {paper:>15}")
     return "\n".join([*lines, "ours: mean ± half its 95 % interval; paper: mean (sd of a run)"])
+
+
+def _with_interval(values: Sequence[float]) -> str:
+    half = student_half_width(values)
+    return f"{_mean(values):.4f}" + ("" if half is None else f" ± {half:.4f}")
 
 
 def run_missing(todo: Sequence[Run], sources: tuple[Split, Split], setup: Setup, results: Results, work: Path) -> None:

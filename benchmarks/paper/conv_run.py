@@ -105,9 +105,9 @@ def build_conv(side: int, channels: tuple[int, int, int], classes: int) -> nn.Se
     )  # fmt: skip
 
 
-def first_samples(data: Split, count: int) -> Split:
-    """The same with at most so many training samples."""
-    return Split(data.train_x[:count], data.train_y[:count], data.test_x, data.test_y)
+def first_samples(data: Split, train: int, test: int | None = None) -> Split:
+    """The same with at most so many training and test samples; None: all."""
+    return Split(data.train_x[:train], data.train_y[:train], data.test_x[:test], data.test_y[:test])
 
 
 def as_images(data: Split) -> Split:
@@ -148,8 +148,8 @@ def with_statistics_of(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 def accuracy_in_parts(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Share of right answers, 0..1; parts, since the feature maps of all test images take gigabytes."""
-    parts = zip(x.split(500), y.split(500), strict=True)
+    """Share of right answers, 0..1, in parts whose feature maps fit in a cache."""
+    parts = zip(x.split(100), y.split(100), strict=True)
     return sum(accuracy(model, some, wanted) * len(wanted) for some, wanted in parts) / len(y)
 
 

@@ -14,11 +14,12 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.paper import correlation, language_model, pruning
+from benchmarks.paper import cnn_report, correlation, language_model, pruning
 from benchmarks.results_row import ROOT
 
 #: What draws a results file, by its name.
 FIGURES: dict[str, Callable[[Sequence[dict[str, Any]], Figure], None]] = {
+    "paper_cnn_report.json": cnn_report.draw,
     "paper_correlation.json": correlation.draw,
     "paper_language_model.json": lambda rows, figure: language_model.draw(rows, figure.subplots()),
     "paper_pruning.json": pruning.draw,

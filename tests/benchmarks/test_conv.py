@@ -210,6 +210,7 @@ def test_the_program_does_what_is_missing(
     assert conv.main(["--epochs", "1"]) == 2
 
 
-def test_first_samples_keep_the_test_set() -> None:
+def test_first_samples_keep_the_test_set_unless_asked() -> None:
+    assert len(first_samples(prototypes(), 7, 5).test_y) == 5
     found = first_samples(prototypes(), 7)
     assert [len(one) for one in (found.train_x, found.train_y, found.test_x)] == [7, 7, 60]
