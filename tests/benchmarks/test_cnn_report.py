@@ -16,7 +16,7 @@ from benchmarks.paper.mnist_tasks import Split, pixel_orders
 from fastewc.testing import assert_within_roundings
 from tests.benchmarks.test_permuted_mnist import prototypes
 
-SMALL = Setup(tasks=3, epochs=6, train_samples=300, width=48, batch=20, lr=3e-3, ewc_lambda=2e3)
+SMALL = Setup(tasks=3, epochs=6, train_samples=300, width=48, dropout=1.0, batch=20, lr=3e-3, ewc_lambda=2e3)
 
 
 def tasks(setup: Setup = SMALL) -> list[Split]:
@@ -25,7 +25,7 @@ def tasks(setup: Setup = SMALL) -> list[Split]:
 
 
 def test_the_network_is_the_reports() -> None:
-    model = build_cnn(28, 1024, 10).eval()
+    model = build_cnn(28, 1024, 1.0, 10).eval()
     wanted = [(64, 1, 3, 3), (1024, 64 * 14 * 14), (1024, 1024), (10, 1024)]
     assert [tuple(p.shape) for p in model.parameters() if p.ndim > 1] == wanted
     assert [layer.p for layer in model if isinstance(layer, torch.nn.Dropout)] == [0.2, 0.5, 0.5]
@@ -34,7 +34,7 @@ def test_the_network_is_the_reports() -> None:
 
 def test_one_penalty_equals_the_separate_ones() -> None:
     torch.manual_seed(0)
-    model = build_cnn(6, 12, 10).double()
+    model = build_cnn(6, 12, 0.0, 10).double()
     every, last = (protection(model, gamma, 200.0) for gamma in (1.0, 0.0))
     assert every is not None and last is not None
     remembered = []
