@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import sys
@@ -33,7 +32,8 @@ from torch import nn
 
 import fastewc
 from benchmarks.importance.workloads import data_root_or_none
-from benchmarks.results_row import ROOT, Timing, machine, measure_in_turn, row, timing_of, write
+from benchmarks.paper.results_file import Results
+from benchmarks.results_row import ROOT, machine, measure_in_turn, timing_of
 from benchmarks.small_gpt import (
     DOMAINS,
     Sizes,
@@ -95,31 +95,6 @@ class Point:
     mean: dict[str, float]
     sd: dict[str, float | None]
     q99: float | None  # of αλΩ, Ω as it was used
-
-
-class Results:
-    """The rows of a results file; written whole after each addition.
-
-    Raises:
-        ValueError: the file holds runs of another setup.
-    """
-
-    def __init__(self, file: Path, setup: Setup) -> None:
-        self.file, self._setup = file, asdict(setup)
-        self.rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
-        other = next((one["extra"]["setup"] for one in self.rows if one["extra"]["setup"] != self._setup), None)
-        if other is not None:
-            raise ValueError(f"{file} holds runs of {other}, not {self._setup}; give another --out")
-
-    def __contains__(self, name: str) -> bool:
-        return any(one["name"] == name for one in self.rows)
-
-    def add(
-        self, name: str, timing: Timing | None = None, *, unit: str, value: float | None = None, **extra: Any
-    ) -> None:
-        """One more row."""
-        self.rows.append(row("paper", name, timing, value=value, unit=unit, setup=self._setup, **extra))
-        write(self.file, self.rows)
 
 
 def perplexities(model: nn.Module, texts: dict[str, Text], setup: Sizes) -> dict[str, float]:

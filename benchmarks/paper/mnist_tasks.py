@@ -30,12 +30,13 @@ class Split:
         return Split(self.train_x[:, pixels], self.train_y, self.test_x[:, pixels], self.test_y)
 
 
-def load_mnist(data_root: str | Path | None, *, download: bool = False) -> Split:
-    """MNIST as flat vectors divided by 255, through torchvision.
+def load_mnist(data_root: str | Path | None, *, download: bool = False, fashion: bool = False) -> Split:
+    """MNIST or FashionMNIST as flat vectors divided by 255, through torchvision.
 
     Args:
         data_root: the folder that holds (or will hold) ``MNIST/raw``; None: the environment variable FASTEWC_DATA.
         download: fetch the files if they are not there.
+        fashion: FashionMNIST, from ``FashionMNIST/raw``.
 
     Raises:
         ImportError: torchvision is missing; the text names the extra that brings it.
@@ -46,10 +47,11 @@ def load_mnist(data_root: str | Path | None, *, download: bool = False) -> Split
     if not root:
         raise ValueError("no data folder: give --data-root PATH or set FASTEWC_DATA (and --download to fetch MNIST)")
     try:
-        from torchvision.datasets import MNIST
+        from torchvision.datasets import MNIST, FashionMNIST
     except ImportError as error:
         raise ImportError("this benchmark reads MNIST through torchvision: pip install 'fastewc[bench]'") from error
-    train, test = (MNIST(str(root), train=part, download=download) for part in (True, False))
+    kind = FashionMNIST if fashion else MNIST
+    train, test = (kind(str(root), train=part, download=download) for part in (True, False))
     return Split(
         train.data.flatten(1).float().div_(255),
         train.targets.long(),

@@ -14,12 +14,13 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.paper import claims, correlation, fc, language_model, pruning
+from benchmarks.paper import claims, cnn_report, correlation, fc, language_model, pruning
 from benchmarks.results_row import ROOT
 
 #: What draws a results file, by its name.
 FIGURES: dict[str, Callable[[Sequence[dict[str, Any]], Figure], None]] = {
     "paper_claims.json": claims.draw,
+    "paper_cnn_report.json": cnn_report.draw,
     "paper_correlation.json": correlation.draw,
     "paper_fc.json": fc.draw,
     "paper_language_model.json": lambda rows, figure: language_model.draw(rows, figure.subplots()),

@@ -174,7 +174,7 @@ def run_stack(
             spent["importance"] += time.perf_counter() - paused
         spent["all"] += time.perf_counter() - begun
         if checkpoint is not None:
-            _save(checkpoint, {
+            save_state(checkpoint, {
                 "networks": [(one.ewc_lambda, one.seed) for one in networks], "model": model.state_dict(),
                 "ewc": ewc.state_dict(), "optimizer": optimizer.state_dict(),
                 "orders": [order.get_state() for order in orders], "tasks": k + 1, "spent": spent,
@@ -295,7 +295,8 @@ def accuracies_of(model: StackedMLP, x: Tensor, y: Tensor) -> Tensor:
     return torch.stack(right).sum(0).double().cpu() / len(y)
 
 
-def _save(file: Path, content: dict[str, Any]) -> None:
+def save_state(file: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint; one of that name is replaced whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, file.with_suffix(".tmp"))
     os.replace(file.with_suffix(".tmp"), file)
