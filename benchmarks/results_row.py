@@ -127,6 +127,18 @@ def timing_of(times: Iterable[float]) -> Timing:
     return Timing(quantile(0.5), quantile(0.2), quantile(0.8), len(ordered))
 
 
+def student_half_width(values: Sequence[float]) -> float | None:
+    """Half the 95 % interval of the mean; None for one value."""
+    from scipy.stats import t as student_t
+
+    n = len(values)
+    if n < 2:
+        return None
+    mean = sum(values) / n
+    sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    return float(student_t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
+
+
 def row(
     suite: str,
     name: str,

@@ -25,10 +25,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.paper.command_line import begin
-from benchmarks.paper.fc import student_half_width
 from benchmarks.paper.protocol import Protocol
 from benchmarks.paper.stacked import Method, Network, Training, run_stack
-from benchmarks.results_row import row, write
+from benchmarks.results_row import row, student_half_width, write
 
 SHORT = Protocol(tasks=4, epochs=2)
 VARIANTS = ("plain", "stabilized", "proximal", "wva")

@@ -30,10 +30,9 @@ import torch
 
 from benchmarks.paper.authors import FILE
 from benchmarks.paper.conv_run import NORMS, Outcome, Run, Setup, as_images, first_samples, run_conv
-from benchmarks.paper.grid import student_half_width
 from benchmarks.paper.mnist_tasks import Split, load_mnist
 from benchmarks.paper.results_file import Results
-from benchmarks.results_row import ROOT, machine
+from benchmarks.results_row import ROOT, machine, student_half_width
 
 #: The authors' best λ in this library's convention, of the plain and of the stabilised penalty. Where their curve is
 #: flat between two λ, both.

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +29,7 @@ from benchmarks.paper.command_line import begin
 from benchmarks.paper.mnist_tasks import Split
 from benchmarks.paper.protocol import Protocol
 from benchmarks.paper.stacked import Method, Moments, Network, StackOutcome, run_stack
-from benchmarks.results_row import row, write
+from benchmarks.results_row import row, student_half_width, write
 
 #: The authors' best λ in this library's convention, by importance: of the plain and of the stabilised penalty (which
 #: they have not run with SIG).
@@ -42,18 +41,6 @@ def lambdas_of(method: Method) -> list[float]:
     """The authors' best λ and its neighbours."""
     plain, stabilized = BEST[method.importance]
     return [factor * (plain if method.variant == "plain" else stabilized) for factor in AROUND]
-
-
-def student_half_width(values: Sequence[float]) -> float | None:
-    """Half the 95 % interval of the mean; None for one value."""
-    from scipy.stats import t as student_t
-
-    n = len(values)
-    if n < 2:
-        return None
-    mean = sum(values) / n
-    sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    return float(student_t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
 
 
 class Results:

@@ -27,7 +27,6 @@ from torch import Tensor
 
 import fastewc
 from benchmarks.paper.command_line import begin
-from benchmarks.paper.fc import student_half_width
 from benchmarks.paper.mnist_tasks import Split
 from benchmarks.paper.protocol import Protocol
 from benchmarks.paper.stacked import (
@@ -38,7 +37,7 @@ from benchmarks.paper.stacked import (
     sample_orders,
     train_stack,
 )
-from benchmarks.results_row import row, write
+from benchmarks.results_row import row, student_half_width, write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
