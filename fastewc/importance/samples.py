@@ -112,10 +112,10 @@ class SampleMeasure:
     def _capacity(self, batch: Batch) -> int:
         """How many samples to collect, see :meth:`PerSampleSums.joined`.
 
-        On a GPU the batch's size is the user's choice, and so is what a forward of theirs gets.
+        On a GPU the batch's size is the user's choice, and so it is where a forward of theirs gets single samples.
         """
         cpu = next(iter(self._parameters.values())).device.type == "cpu"
-        if not cpu or self._whole is None or self.by_sample(batch):
+        if not cpu or self._whole is None or self.by_sample(batch) or (self._foreign and batch.size == 1):
             return 0
         if not self._whole.planned:
             return 2  # two batches of one sample, to find out from
@@ -126,11 +126,10 @@ class SampleMeasure:
         if engine is None or batch.size == 1 or self.by_sample(batch):
             return self._add_singly(batch, self._parameters.keys())
         if not engine.planned:  # of the first look there was only one sample: it is we who join them
-            self.watch(batch)
-            self._alone, self._joinable = None, 1
+            self._joinable = 1
         if self._joinable is not None and batch.size > self._joinable:
             self._joinable = batch.size
-            if not self._may_join(batch):
+            if not self._may_join(engine, batch):
                 self._whole = None
                 return self._add_singly(batch, self._parameters.keys())
         start, count = 0, -(-batch.size // engine.chunk())
@@ -140,12 +139,18 @@ class SampleMeasure:
             start = stop
         return None
 
-    def _may_join(self, batch: Batch) -> bool:
-        """True if samples that came one by one do not change each other's outputs."""
-        with torch.no_grad():
-            together = self._evaluator(batch)
-            ends = {n: self._evaluator(batch.rows(n, n + 1)) for n in (0, batch.size - 1)}
-            return not any(self._mixes(one, together, n) for n, one in ends.items())
+    def _may_join(self, engine: PerSampleSums, batch: Batch) -> bool:
+        """True if the model takes samples together that came one by one, and they leave each other's outputs alone."""
+        try:
+            if not engine.planned:
+                self.watch(batch)
+                self._alone = None
+            with torch.no_grad():
+                together = self._evaluator(batch)
+                ends = {n: self._evaluator(batch.rows(n, n + 1)) for n in (0, batch.size - 1)}
+                return not any(self._mixes(one, together, n) for n, one in ends.items())
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):  # if not for that, each alone says so
+            return False
 
     def _mixes(self, one: Evaluated, together: Evaluated, index: int = 0) -> bool:
         return mixes(self._evaluator.module, self.measured(one), self.measured(together), index)

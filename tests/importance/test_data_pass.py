@@ -848,3 +848,36 @@ def test_batches_of_one_sample_are_not_joined_where_the_forward_would_mix_them()
     got = fisher_importance(Mixing(), [(x[i : i + 1], y[i : i + 1]) for i in range(len(x))])
     same(got.rename({n: n[4:] for n in got}), fisher_importance(net(), [(x / 2, y)]))
     assert {path for path, _ in got.report.values()} == {"batch-1"}
+
+
+@pytest.mark.parametrize("custom", [False, True], ids=["model", "forward"])
+def test_a_forward_that_takes_one_sample_at_a_time_gets_them_so(custom):
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x):
+            assert len(x) == 1, "one sample at a time"
+            return self.net(x)
+
+    x, y = xy()
+    own = {"forward": lambda model, batch: (model(batch[0]), batch[1])} if custom else {}
+    got = fisher_importance(Single(), [(x[i : i + 1], y[i : i + 1]) for i in range(len(x))], **own)
+    same(got.rename({n: n[4:] for n in got}), fisher_importance(net(), [(x, y)]))
+    assert {path for path, _ in got.report.values()} == {"batch-1"}
+    with pytest.raises(AssertionError, match="one sample at a time"):
+        fisher_importance(Single(), [(x, y)], **own)
+
+
+def test_batches_for_a_forward_are_joined():
+    sizes = []
+
+    def forward(model, batch):
+        sizes.append(len(batch["x"]))
+        return model(batch["x"]), batch["y"]
+
+    x, y = xy(12)
+    data = [{"x": x[i : i + 2], "y": y[i : i + 2]} for i in range(0, 12, 2)]
+    same(fisher_importance(net(), data, forward=forward), fisher_importance(net(), [(x, y)]))
+    assert max(sizes) > 2
