@@ -24,19 +24,19 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import fastewc
+from benchmarks.paper.command_line import begin_setup
 from benchmarks.paper.conv_run import accuracy_in_parts, as_images, first_samples
 from benchmarks.paper.mnist_tasks import PERMUTATION_SEED, Split, load_mnist, pixel_orders
 from benchmarks.paper.protocol import measure_importance
 from benchmarks.paper.results_file import Results
-from benchmarks.results_row import ROOT, machine, measure_in_turn, timing_of
+from benchmarks.results_row import measure_in_turn, timing_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -198,34 +198,16 @@ def draw(rows: Sequence[dict[str, Any]], figure: Figure) -> None:
         axes.legend(loc="lower left")
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.paper.cnn_report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def own_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of this program."""
     parser.add_argument("--data-root", default=os.environ.get("FASTEWC_DATA"), help="folder with MNIST/raw")
     parser.add_argument("--download", action="store_true", help="fetch MNIST if it is not there")
-    parser.add_argument("--threads", type=int, help="CPU threads; default torch's")
     parser.add_argument("--seconds", type=float, default=1.0, help="for timing each kind of step")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>/paper_cnn_report.json")
-    for field in fields(Setup):
-        default = field.default
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(default), default=default)
-    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing and write it; the exit status."""
-    args = parse(argv)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    setup = Setup(**{field.name: getattr(args, field.name) for field in fields(Setup)})
-    if setup != Setup() and args.out is None:
-        print("not the default setup: give --out FILE", file=sys.stderr)
-        return 2
-    results = Results(args.out or ROOT / "benchmarks" / "results" / machine() / "paper_cnn_report.json", setup)
+    """Run what is missing and write it."""
+    args, setup, results = begin_setup("cnn_report", __doc__, argv, Setup, own_arguments)
     todo = [way for way in WAYS if f"{PREFIX}/{way}" not in results]
     timed = time_name(setup.tasks, separate=True) in results
     if todo or not timed:

@@ -32,8 +32,9 @@ from torch import nn
 
 import fastewc
 from benchmarks.importance.workloads import data_root_or_none
+from benchmarks.paper.command_line import begin_setup
 from benchmarks.paper.results_file import Results
-from benchmarks.results_row import ROOT, machine, measure_in_turn, timing_of
+from benchmarks.results_row import measure_in_turn, timing_of
 from benchmarks.small_gpt import (
     DOMAINS,
     Sizes,
@@ -267,36 +268,18 @@ def draw(rows: Sequence[dict[str, Any]], axes: Any) -> None:
     axes.legend()
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.paper.language_model",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def own_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of this program."""
     parser.add_argument("--data-root", help="folder with text/*.txt (default: FASTEWC_DATA)")
     parser.add_argument("--lambdas", nargs="+", type=float, default=LAMBDAS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads; default torch's")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>/paper_language_model.json")
     parser.add_argument("--work", type=Path, default=Path("build/paper_language_model"), help="the model of the book")
-    for field in fields(Setup):
-        default = field.default
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(default), default=default)
-    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing and write it; the exit status."""
-    args = parse(argv)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    setup = Setup(**{field.name: getattr(args, field.name) for field in fields(Setup)})
-    if setup != Setup() and args.out is None:
-        print("not the default setup: give --out FILE", file=sys.stderr)
-        return 2
-    results = Results(args.out or ROOT / "benchmarks" / "results" / machine() / "paper_language_model.json", setup)
+    """Run what is missing and write it."""
+    args, setup, results = begin_setup("language_model", __doc__, argv, Setup, own_arguments)
     wanted = [
         run
         for seed in range(args.seeds)

@@ -184,7 +184,8 @@ def test_the_figure_has_a_point_for_each_lambda(capsys: pytest.CaptureFixture[st
 
 
 def test_another_setup_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--steps", "3"]) == 2
+    with pytest.raises(SystemExit):
+        main(["--steps", "3"])
     assert "give --out FILE" in capsys.readouterr().err
     (folder / "rows.json").write_text(json.dumps([{"name": "x", "extra": {"setup": {"steps": 3}}}]))
     with pytest.raises(ValueError, match="give another --out"):
