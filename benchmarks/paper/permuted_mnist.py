@@ -33,7 +33,7 @@ import torch
 from benchmarks.paper.mnist_tasks import Split, load_mnist
 from benchmarks.paper.protocol import ROWS, Outcome, Protocol, Row, run_once
 from benchmarks.paper.run_store import Run, RunStore
-from benchmarks.results_row import ROOT, commit, machine, row, write
+from benchmarks.results_row import ROOT, commit, machine, row, student_half_width, write
 
 AUTHORS_RUNS = 20
 # Tensors of a megabyte go back to the system and come again, page by page, at each step: keep them (glibc reads this
@@ -57,13 +57,12 @@ class Summary:
 
 def summarise(which: Row, mode: str, values: Sequence[float]) -> Summary:
     """Mean, standard deviation, interval and the verdict of one row."""
-    from scipy.stats import t as student_t
-
     n, mean = len(values), sum(values) / len(values)
     sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else None
-    half_width = None if sd is None else float(student_t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
     allowed = 3 * which.reference_sd * math.sqrt(1 / n + 1 / AUTHORS_RUNS)
-    return Summary(which, mode, list(values), mean, sd, half_width, allowed, abs(mean - which.reference) <= allowed)
+    return Summary(
+        which, mode, list(values), mean, sd, student_half_width(values), allowed, abs(mean - which.reference) <= allowed
+    )
 
 
 def table(summaries: Sequence[Summary]) -> str:

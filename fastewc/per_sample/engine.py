@@ -163,7 +163,7 @@ class PerSampleSums(Interception):
                     ) from error
                 finally:
                     self._in_backward = False
-        self._derived = []
+        self._derived, self._back = [], {}  # a forward and its gradients stay no longer than that
 
     def _stand_ins(self, catcher: Interception) -> Slots:
         proxies: dict[int, Slot] = {}
